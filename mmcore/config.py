@@ -1,0 +1,264 @@
+"""What a run is: frozen sections, valid from birth; their docstrings are the command line's help.
+
+Imports no torch, so that a wrong option is refused in a fraction of a second.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mmcore.constants import MODULES
+
+Module = Literal["vision_model", "vision_projection", "language_model"]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """", did you mean 'x'?" or nothing."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def positive(section: str, owner: Any, *names: str) -> None:
+    """Raise a ValueError for the first of the named fields that is not above zero."""
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ValueError(f"--{section}.{name.replace('_', '-')} must be above 0, not {getattr(owner, name)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and what of it is trained."""
+
+    checkpoint: str = ""
+    """Folder to start from: combine.py's, or another run's. Its model.json is the architecture."""
+    vision: str = ""
+    """Preset of the vision tower. Beside a checkpoint it is checked against it; alone it is initialised at random."""
+    language: str = ""
+    """Preset of the language model, likewise."""
+    projector: str = ""
+    """Preset of the projector, likewise."""
+    freeze: tuple[Module, ...] = ()
+    """Parts that keep their weights."""
+    backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Kernels: auto takes Transformer Engine where it and CUDA are there."""
+
+    def __post_init__(self) -> None:
+        if set(self.freeze) >= set(MODULES):
+            raise ValueError("--model.freeze names every part of the model: nothing would be trained")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over the ranks; the data parallel size is what is left of them."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the language model's layers are cut into; the vision tower lives on the first."""
+
+    def __post_init__(self) -> None:
+        positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Model replicas among `world_size` ranks.
+
+        Raises:
+            ValueError: the ranks cannot be dealt out evenly.
+        """
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        if world_size % (tensor * pipeline):
+            raise ValueError(
+                f"{world_size} ranks cannot be dealt to replicas of {tensor * pipeline} (tensor {tensor} x pipeline "
+                f"{pipeline}): start a multiple of {tensor * pipeline} ranks, or change --parallel.*"
+            )
+        return world_size // (tensor * pipeline)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """What the model is trained on."""
+
+    path: str = ""
+    """Energon dataset that `mmcore prepare` wrote, or an energon metadataset YAML."""
+    conversation: str = ""
+    """Template that turns a conversation into tokens; by default the checkpoint's, "plain" for alignment."""
+    seq_length: int = 1024
+    """Longest sequence in tokens, image embeddings included; longer samples are cut, and counted."""
+    num_workers: int = 2
+    """Loader processes of each data parallel rank; 0 loads in the training process."""
+    shuffle_buffer_size: int = 1000
+    """Samples that are shuffled among each other, beyond the shuffling of shards; 0 keeps the order."""
+
+    def __post_init__(self) -> None:
+        positive("data", self, "seq_length")
+        if self.num_workers < 0 or self.shuffle_buffer_size < 0:
+            raise ValueError("--data.num-workers and --data.shuffle-buffer-size must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How long, in which batches, in which precision."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 256
+    """Samples of one optimizer step, over all replicas."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one replica."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Number format of weights and activations; the optimizer keeps fp32 masters."""
+    seed: int = 1234
+    """Seed of initialisation and of the data's order."""
+
+    def __post_init__(self) -> None:
+        positive("train", self, "steps", "global_batch_size", "micro_batch_size")
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Forward passes of one step on one replica.
+
+        Raises:
+            ValueError: the global batch cannot be dealt out evenly.
+        """
+        samples = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % samples:
+            raise ValueError(
+                f"--train.global-batch-size {self.global_batch_size} is not a multiple of --train.micro-batch-size "
+                f"{self.micro_batch_size} x {data_parallel_size} data parallel ranks: change one of them, or start "
+                "fewer ranks"
+            )
+        return self.global_batch_size // samples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule; names are mcore's."""
+
+    lr: float = 1e-3
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_warmup_steps: int = 0
+    """Steps in which the learning rate rises linearly from 0."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """How it falls to min-lr at the last step."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay; norms and biases have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        positive("optimizer", self, "lr")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"--optimizer.min-lr {self.min_lr} must lie between 0 and --optimizer.lr {self.lr}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Where the run is kept, and how often."""
+
+    save: str = ""
+    """Folder of the run: checkpoints, log.jsonl. A run that finds a checkpoint there goes on from it."""
+    save_interval: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+
+    def __post_init__(self) -> None:
+        positive("checkpoint", self, "save_interval", "keep_last")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingConfig:
+    """What is told while it runs."""
+
+    log_interval: int = 10
+    """Steps between lines on the terminal; log.jsonl has every step."""
+    tensorboard_dir: str = ""
+    """Folder for TensorBoard; none if empty."""
+
+    def __post_init__(self) -> None:
+        positive("logging", self, "log_interval")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        if self.optimizer.lr_warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"--optimizer.lr-warmup-steps {self.optimizer.lr_warmup_steps} must be below --train.steps {self.train.steps}"
+            )
+
+
+def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> Any:
+    """Replace fields of a config dataclass by a nested dict's values.
+
+    Raises:
+        ValueError: an unknown key (names the nearest) or a value of the wrong kind.
+    """
+    known = {item.name: getattr(config, item.name) for item in fields(config)}
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {name!r}{nearest(key, known)}")
+        current = known[key]
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name!r} is a section: it takes keys below it, not {value!r}")
+            changes[key] = merge(current, value, where, f"{name}.")
+        else:
+            changes[key] = _checked(current, value, name, where)
+    return replace(config, **changes)
+
+
+def _checked(current: Any, value: Any, name: str, where: str) -> Any:
+    """`value` as the kind that `current` has: YAML writes 1e-3 as text and a tuple as a list."""
+    kind = type(current)
+    try:
+        if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if type(value) is kind:
+            return value
+    except (TypeError, ValueError):
+        pass
+    wanted = "list of names" if kind is tuple else kind.__name__
+    raise ValueError(f"{where}: {name!r} takes a {wanted}, not {value!r}")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        ValueError: missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold sections (model, parallel, data, ...), not {type(content).__name__}")
+    return content

@@ -1,0 +1,264 @@
+"""Architectures as data: what a model is, read from a preset or from a checkpoint's `model.json`.
+
+Imports no torch: converters, the command line and the planner read it in milliseconds.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mmcore.config import ModelConfig, nearest
+from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, MODEL_FILE, VOCAB_DIVISOR
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionArch:
+    """A vision transformer as mcore's `CLIPViTModel` builds it."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    image_size: int
+    """Height and width of the square input, in pixels (mcore's img_h and img_w)."""
+    patch_dim: int
+    """Height and width of a patch, in pixels."""
+    model_subtype: Literal["clip"] = "clip"
+    activation: Activation = "quick_gelu"
+    layernorm_epsilon: float = 1e-5
+    feature_layer: int = -2
+    """Which hidden state feeds the projector: -1 is the last layer's, -2 the one before it."""
+    drop_class_token: bool = True
+    image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
+    image_std: tuple[float, float, float] = CLIP_IMAGE_STD
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_dim:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_dim {self.patch_dim}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer {self.feature_layer} must lie between -{self.num_layers} and -1")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_dim) ** 2
+
+    @property
+    def num_image_embeddings(self) -> int:
+        """Embeddings that one image puts into the language model's sequence."""
+        return self.num_patches + (0 if self.drop_class_token else 1)
+
+    @property
+    def num_layers_run(self) -> int:
+        """Layers whose output is needed; the ones above `feature_layer` are kept but never run."""
+        return self.num_layers + 1 + self.feature_layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectorArch:
+    """What carries vision features into the language model's width (mcore's `MultimodalProjector`)."""
+
+    projector_type: Literal["mlp", "affine"] = "mlp"
+    ffn_hidden_size: int = 0
+    """Width between the two layers of "mlp"; unused (0) by "affine"."""
+    add_bias_linear: bool = True
+    activation: Activation = "gelu"
+
+    def __post_init__(self) -> None:
+        if (self.projector_type == "mlp") != (self.ffn_hidden_size > 0):
+            raise ValueError(
+                f"projector_type {self.projector_type!r} with ffn_hidden_size {self.ffn_hidden_size}: "
+                "an mlp needs a positive width and an affine projector has none"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageArch:
+    """A decoder-only language model as mcore's `GPTModel` builds it: RMSNorm, SwiGLU, RoPE."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key-value heads."""
+    kv_channels: int
+    """Channels of one head."""
+    vocab_size: int
+    """Rows of the tokenizer, unpadded."""
+    max_position_embeddings: int
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    share_embeddings_and_output_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables; the padding is never looked up and never predicted."""
+        return -(-self.vocab_size // VOCAB_DIVISOR) * VOCAB_DIVISOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A whole model or one of its towers, as `model.json` holds it."""
+
+    vision: VisionArch | None = None
+    vision_projection: ProjectorArch | None = None
+    language: LanguageArch | None = None
+    image_token_id: int | None = None
+    """Token that stands for one image embedding: outside the tokenizer, so that no text can make it."""
+    conversation: str = "mistral_instruct"
+    """Template of mmcore.data.conversation that the language model was tuned with."""
+    sources: tuple[dict[str, str], ...] = ()
+    """Files the weights came from: {"file": name, "sha256": hash}."""
+
+
+VISION = {
+    # OpenAI CLIP, model card of ViT-L/14@336px.
+    "clip_vit_l_14_336": VisionArch(
+        num_layers=24, hidden_size=1024, ffn_hidden_size=4096, num_attention_heads=16, image_size=336, patch_dim=14
+    ),
+}
+
+LANGUAGE = {
+    # mistralai/Mistral-7B-v0.3 config.json: v3 tokenizer, no sliding window.
+    "mistral_7b_v03": LanguageArch(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=32768,
+        max_position_embeddings=32768,
+        rotary_base=1_000_000.0,
+    ),
+}
+
+PROJECTOR = {
+    # LLaVA-1.5: two layers at the language model's width.
+    "mlp2x_gelu": lambda language: ProjectorArch(ffn_hidden_size=language.hidden_size),
+    # LLaVA-1: one linear layer.
+    "linear": lambda language: ProjectorArch(projector_type="affine"),
+    # Megatron-LM's Mistral recipe: as wide inside as the language model's MLP, no bias.
+    "megatron_mlp": lambda language: ProjectorArch(ffn_hidden_size=language.ffn_hidden_size, add_bias_linear=False),
+}
+
+
+def compose(vision: VisionArch, language: LanguageArch, projector: ProjectorArch, **rest: Any) -> Architecture:
+    """Join the parts; the image token is the first id that the tokenizer does not have."""
+    return Architecture(
+        vision=vision, vision_projection=projector, language=language, image_token_id=language.vocab_size, **rest
+    )
+
+
+def preset(table: dict[str, Any], name: str, option: str) -> Any:
+    """Look `name` up in `table`.
+
+    Raises:
+        ValueError: no such preset; names the nearest one.
+    """
+    if name not in table:
+        raise ValueError(f"--model.{option} {name!r} is not a preset{nearest(name, table)}; there are: {', '.join(table)}")
+    return table[name]
+
+
+def resolve_architecture(model: ModelConfig) -> Architecture:
+    """The architecture a run trains: its checkpoint's, or else its presets'.
+
+    Raises:
+        ValueError: a preset and the checkpoint contradict each other (both values are named), a
+            preset does not exist, or neither a checkpoint nor both towers are given.
+    """
+    found = load_architecture(Path(model.checkpoint)) if model.checkpoint else Architecture()
+    language = preset(LANGUAGE, model.language, "language") if model.language else found.language
+    asked = {
+        "vision": preset(VISION, model.vision, "vision") if model.vision else None,
+        "language": language if model.language else None,
+        "vision_projection": (
+            preset(PROJECTOR, model.projector, "projector")(language) if model.projector and language else None
+        ),
+    }
+    if model.checkpoint:
+        for part, wanted in asked.items():
+            check_same(getattr(found, part), wanted, part, model.checkpoint)
+        missing = [part for part in asked if getattr(found, part) is None]
+        if missing:
+            raise ValueError(
+                f"{model.checkpoint}/{MODEL_FILE} has no {' and no '.join(missing)}: "
+                "join the towers first with tools/converters/combine.py"
+            )
+        return found
+    missing = [option for option in ("vision", "language", "projector") if not getattr(model, option)]
+    if missing:
+        raise ValueError(
+            f"no model: give --model.checkpoint, or presets for all parts (missing: --model.{', --model.'.join(missing)})"
+        )
+    return compose(asked["vision"], language, asked["vision_projection"])
+
+
+def check_same(found: Any, wanted: Any, part: str, where: str) -> None:
+    """Raise a ValueError that names both values of every field in which two parts differ."""
+    if wanted is None or found is None or found == wanted:
+        return
+    differing = [
+        f"{field.name}: {getattr(found, field.name)} in the checkpoint, {getattr(wanted, field.name)} in the preset"
+        for field in fields(wanted)
+        if getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    raise ValueError(f"the {part} of {where} is not the one that this run asks for ({'; '.join(differing)})")
+
+
+def save_architecture(architecture: Architecture, folder: Path) -> None:
+    """Write `folder/model.json`."""
+    content = {"format": 1, **asdict(architecture)}
+    (folder / MODEL_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_architecture(folder: Path) -> Architecture:
+    """Read `folder/model.json`.
+
+    Raises:
+        ValueError: the folder or file is missing, is not JSON, or holds a key that this version
+            does not know.
+    """
+    path = folder / MODEL_FILE
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: --checkpoint takes a folder that a converter, combine.py or mmcore train wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict) or content.pop("format", None) != 1:
+        raise ValueError(f"{path} is not a model description of this version (format 1)")
+    parts = {"vision": VisionArch, "vision_projection": ProjectorArch, "language": LanguageArch}
+    try:
+        for name, kind in parts.items():
+            if content.get(name) is not None:
+                content[name] = kind(**{key: _tuple(value) for key, value in content[name].items()})
+        return Architecture(**{key: _tuple(value) for key, value in content.items()})
+    except TypeError as error:
+        raise ValueError(f"{path} does not describe a model of this version ({error})") from None
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def with_feature_layer(architecture: Architecture, feature_layer: int) -> Architecture:
+    """The same model, fed from another hidden state of its vision tower."""
+    assert architecture.vision is not None
+    return replace(architecture, vision=replace(architecture.vision, feature_layer=feature_layer))
