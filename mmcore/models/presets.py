@@ -4,11 +4,11 @@ Imports no torch: converters, the command line and the planner read it in millis
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mmcore.config import ModelConfig, nearest
+from mmcore.config import ModelConfig, ParallelConfig, nearest
 from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, MODEL_FILE, VOCAB_DIVISOR
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
@@ -220,6 +220,38 @@ def check_same(found: Any, wanted: Any, part: str, where: str) -> None:
     raise ValueError(f"the {part} of {where} is not the one that this run asks for ({'; '.join(differing)})")
 
 
+def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Refuse a layout that the architecture cannot take.
+
+    Raises:
+        ValueError: tensor ranks do not divide the heads, key-value heads, MLP widths or the padded
+            vocabulary, or stages do not divide the language model's layers.
+    """
+    size, vision, language = parallel.tensor_model_parallel_size, architecture.vision, architecture.language
+    assert vision is not None and language is not None and architecture.vision_projection is not None
+    widths = {
+        "attention heads of the vision tower": vision.num_attention_heads,
+        "MLP width of the vision tower": vision.ffn_hidden_size,
+        "MLP width of the projector": architecture.vision_projection.ffn_hidden_size,
+        "attention heads of the language model": language.num_attention_heads,
+        "key-value heads of the language model": language.num_query_groups,
+        "MLP width of the language model": language.ffn_hidden_size,
+        "padded vocabulary of the language model": language.padded_vocab_size,
+    }
+    bad = [f"{name} ({width})" for name, width in widths.items() if width % size]
+    if bad:
+        raise ValueError(
+            f"--parallel.tensor-model-parallel-size {size} does not divide the {', the '.join(bad)}: "
+            "choose a size that divides them all"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    if language.num_layers % stages:
+        raise ValueError(
+            f"--parallel.pipeline-model-parallel-size {stages} does not divide the {language.num_layers} layers of "
+            "the language model: choose a size that does"
+        )
+
+
 def save_architecture(architecture: Architecture, folder: Path) -> None:
     """Write `folder/model.json`."""
     content = {"format": 1, **asdict(architecture)}
@@ -256,9 +288,3 @@ def load_architecture(folder: Path) -> Architecture:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def with_feature_layer(architecture: Architecture, feature_layer: int) -> Architecture:
-    """The same model, fed from another hidden state of its vision tower."""
-    assert architecture.vision is not None
-    return replace(architecture, vision=replace(architecture.vision, feature_layer=feature_layer))

@@ -1,0 +1,40 @@
+"""`mmcore VERB ...`: a table of verbs, each imported when it is asked for."""
+
+import importlib
+import sys
+
+from mmcore.config import nearest
+from mmcore.constants import EXIT_DONE, EXIT_USAGE
+
+VERBS = {
+    "prepare": "turn raw pictures and conversations into an energon dataset",
+    "train": "pretrain or tune a model by a recipe",
+    "generate": "let a checkpoint caption pictures or answer questions",
+    "evaluate": "score predictions against references",
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {verb:10}{meaning}" for verb, meaning in VERBS.items())
+    return f"usage: mmcore VERB [options]\n\n{rows}\n\n`mmcore VERB --help` lists a verb's options.\n"
+
+
+def main() -> int:
+    """Run one verb; what its user did wrong becomes one paragraph on stderr and exit code 2."""
+    verb, *argv = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print(usage(), end="")
+        return EXIT_DONE
+    if verb not in VERBS:
+        print(f"mmcore: {verb!r} is not a verb{nearest(verb, VERBS)}; `mmcore --help` lists them", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return importlib.import_module(f"mmcore.commands.{verb}").main(argv)
+    except ValueError as error:
+        # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
+        print(f"mmcore {verb}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

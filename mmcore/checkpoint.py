@@ -1,0 +1,182 @@
+"""Save, verify, publish, load: a checkpoint is a folder that is either whole or not there.
+
+    RUN/step_00000100/   one checkpoint of a run (a converter's output has the same first three rows)
+        .metadata, common.pt, metadata.json, *.distcp    weights and optimizer, megatron-core's torch_dist
+        model.json                                       the architecture
+        tokenizer/                                       the tokenizer's files
+        run.json                                         step, samples and tokens so far, the run's configuration
+        loader_00000.bin                                 where the data stands, one file a data parallel rank
+        manifest.json                                    size and CRC-32 of every file
+
+It is written as `RUN/.incomplete-step_00000100` and renamed at the end. Training draws no random
+numbers after initialisation (these models have no dropout, the loader seeds itself), so there is no
+generator state to keep.
+"""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from mmcore import distributed
+from mmcore.constants import MODEL_FILE, TOKENIZER_DIR
+from mmcore.models.presets import Architecture, load_architecture, save_architecture
+
+from megatron.core import dist_checkpointing  # isort: skip  (after mmcore.distributed, which mends it)
+
+RUN_FILE, MANIFEST_FILE = "run.json", "manifest.json"
+INCOMPLETE = ".incomplete-"
+
+# The optimizer is stored by parameter, not by rank's bucket: any layout can load it.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    return sorted(path for path in run.glob("step_*") if (path / MODEL_FILE).is_file())
+
+
+def locate(folder: Path) -> Path:
+    """A checkpoint: the folder itself, or the newest one of the run that it holds.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (folder / MODEL_FILE).is_file():
+        return folder
+    if found := checkpoints(folder):
+        return found[-1]
+    raise ValueError(
+        f"{folder} is no checkpoint and holds none: give a folder that a converter, combine.py or mmcore train wrote"
+    )
+
+
+def load_checkpoint(folder: Path, model: Any, optimizer: Any = None) -> dict[str, Any]:
+    """Load weights, and the optimizer's state where one is given, at any layout.
+
+    Args:
+        folder: a checkpoint, as `locate` returns it.
+        model: `LlavaModel` or its DDP wrapper.
+        optimizer: megatron-core's, or None for the weights alone.
+    Returns:
+        The content of run.json, or {} for a converter's checkpoint.
+    Raises:
+        ValueError: the files are not those that were written.
+    """
+    problems = verify(folder) if distributed.is_main() else []
+    shared = [problems]
+    dist.broadcast_object_list(shared, 0)
+    if shared[0]:
+        raise ValueError(f"{folder} is damaged: {'; '.join(shared[0])}. Take another checkpoint, or convert it again")
+    state = _sharded(model, optimizer, is_loading=True)
+    loaded = dist_checkpointing.load(state, str(folder))
+    _unwrapped(model).load_state_dict(loaded["model"], strict=False)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+    run = folder / RUN_FILE
+    return json.loads(run.read_text()) if run.is_file() else {}
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    *,
+    model: Any,
+    optimizer: Any,
+    architecture: Architecture,
+    tokenizer: Path,
+    state: dict[str, Any],
+    loader_state: bytes | None,
+    keep_last: int,
+) -> Path:
+    """Write `run/step_NNNNNNNN`, publish it, and drop the oldest beyond `keep_last`. All ranks call it.
+
+    Args:
+        tokenizer: folder whose files go along.
+        state: what run.json holds beside the step.
+        loader_state: this rank's, where it reads data.
+    Returns:
+        The published folder.
+    """
+    final = run / f"step_{step:08d}"
+    folder = run / (INCOMPLETE + final.name)
+    if distributed.is_main():
+        run.mkdir(parents=True, exist_ok=True)
+        for leftover in run.glob(INCOMPLETE + "*"):
+            shutil.rmtree(leftover)
+        folder.mkdir()
+        save_architecture(architecture, folder)
+        shutil.copytree(tokenizer, folder / TOKENIZER_DIR)
+        (folder / RUN_FILE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+    dist.barrier()
+    if loader_state is not None:
+        loader_file(folder, distributed.data_parallel_rank()).write_bytes(loader_state)
+    dist_checkpointing.save(_sharded(model, optimizer, is_loading=False), str(folder))
+    dist.barrier()
+    if distributed.is_main():
+        write_manifest(folder)
+        if final.exists():  # a run that went back to an older checkpoint comes by again
+            shutil.rmtree(final)
+        folder.rename(final)
+        for old in checkpoints(run)[:-keep_last]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return final
+
+
+def loader_file(folder: Path, data_parallel_rank: int) -> Path:
+    return folder / f"loader_{data_parallel_rank:05d}.bin"
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and CRC-32 of every file below `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = {str(path.relative_to(folder)): [path.stat().st_size, _crc32(path)] for path in files}
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def verify(folder: Path) -> list[str]:
+    """What differs from the manifest, file by file; nothing to compare without one."""
+    manifest = folder / MANIFEST_FILE
+    if not manifest.is_file():
+        return []
+    problems = []
+    for name, (size, crc) in json.loads(manifest.read_text()).items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            problems.append(f"{name} has {path.stat().st_size} bytes instead of {size}")
+        elif _crc32(path) != crc:
+            problems.append(f"{name} has other content than was written")
+    return problems
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.module if hasattr(model, "ddp_config") else model
+
+
+def _sharded(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    weights = _unwrapped(model).sharded_state_dict()
+    # Transformer Engine's FP8 history is rebuilt within steps, and other backends have none.
+    weights = {key: value for key, value in weights.items() if not key.endswith("_extra_state")}
+    state = {"model": weights}
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA)
+    return state
+
+
+def architecture_of(folder: Path) -> Architecture:
+    """The architecture of a checkpoint or of a run's newest one."""
+    return load_architecture(locate(folder))

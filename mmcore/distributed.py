@@ -1,0 +1,117 @@
+"""Ranks: process group, megatron-core's parallel groups, seeds, who writes, who reads data."""
+
+import os
+from dataclasses import dataclass, fields
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmcore import host
+from mmcore.config import ParallelConfig
+
+host.use_host()
+
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (host first: it mends what this imports)
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """Where this process stands among those that torchrun (or Slurm) started."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Rank":
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; a process started alone is rank 0 of 1."""
+        return cls(**{field.name: int(os.environ.get(field.name.upper(), field.default)) for field in fields(cls)})
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Bring up the process group and megatron-core's parallel groups, and seed every generator.
+
+    Args:
+        parallel: layout; `parallel.data_parallel_size` has accepted the world size.
+        seed: the same on all ranks; megatron-core derives a different one for each tensor rank.
+    """
+    rank = Rank.from_environment()
+    host.set_device(rank.local_rank)
+    backend = "nccl" if host.has_cuda() else "gloo"
+    if rank.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Take everything down again; safe when nothing is up."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Whether this rank speaks for the whole run."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def data_parallel_rank() -> int:
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_data_source() -> bool:
+    """Whether this rank reads the data of its model replica."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
+
+
+def broadcast_in_replica(value: Any) -> Any:
+    """Give every rank of a model replica what its data source has.
+
+    Args:
+        value: on the data source a slotted dataclass of tensors (on the CPU) and small objects, or any
+            other object that pickles; ignored elsewhere.
+    Returns:
+        The same value on every rank of the replica, tensors on this rank's device.
+    """
+    group = parallel_state.get_model_parallel_group()
+    source = dist.get_global_rank(group, 0)
+    tensors: dict[str, torch.Tensor] = {}
+    if is_data_source() and hasattr(value, "__dataclass_fields__"):
+        parts = {name: getattr(value, name) for name in value.__dataclass_fields__}
+        tensors = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
+        rest = {name: part for name, part in parts.items() if name not in tensors}
+        header = [(type(value), rest, {name: (part.shape, part.dtype) for name, part in tensors.items()})]
+    else:
+        header = [(None, value, {})]
+    if dist.get_world_size(group) > 1:
+        dist.broadcast_object_list(header, source, group)
+    kind, rest, shapes = header[0]
+    if kind is None:
+        return rest
+    received = {}
+    for name, (shape, dtype) in shapes.items():
+        if name in tensors:
+            tensor = tensors[name].to(host.device(), non_blocking=True).contiguous()
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=host.device())
+        if dist.get_world_size(group) > 1 and tensor.numel():
+            dist.broadcast(tensor, source, group)
+        received[name] = tensor
+    return kind(**rest, **received)

@@ -1,0 +1,218 @@
+"""Megatron-core on a machine without CUDA: the only file that touches torch.cuda's names.
+
+Megatron-core asks torch.cuda for its device, streams, events and random state, creates tensors with
+device="cuda", and takes Adam from Transformer Engine or Apex. `use_host()` answers all of that with
+the CPU. Names are wrapped, not intercepted by a torch-function mode, which would tax every operator.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+_FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor")
+_FACTORIES += ("zeros", "zeros_like", "eye", "linspace", "randint", "as_tensor")
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def set_device(local_rank: int) -> None:
+    """Take the GPU of this rank; nothing on the CPU."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def quiet() -> None:
+    """Drop what the libraries say at import and cannot be acted on; keep their errors."""
+    os.environ.setdefault("NVTE_FRAMEWORK", "pytorch")
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.|multistorageclient|transformer_engine")
+    warnings.filterwarnings("ignore", message=r".*(Apex|Transformer Engine|transformer_engine|pin_memory).*")
+    for name in ("torch.utils.cpp_extension", "megatron", "torch.distributed", "multistorageclient"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@functools.cache
+def use_host() -> None:
+    """Let megatron-core run where it is. Call it before megatron-core is imported; idempotent."""
+    quiet()
+    if has_cuda():
+        return
+    assert "megatron.core" not in sys.modules, "import mmcore.host and call use_host() before anything of megatron.core"
+    _replace_cuda()
+    _replace_factories()
+    # Megatron-core compiles its fusions as it is imported; here that would want a C++ compiler and half a minute.
+    torch.compile = lambda function=None, **_: function or (lambda function: function)
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    random.CudaRNGStatesTracker.fork = _fork
+    _replace_adam()
+
+
+class _Nothing:
+    """A stream or event of a machine that has none: every method is a no-op."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+    def __enter__(self) -> "_Nothing":
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+
+def _replace_cuda() -> None:
+    cuda: Any = torch.cuda
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        setattr(cuda, name, lambda *_, **__: None)
+    for name in ("Stream", "Event", "stream", "current_stream", "default_stream"):
+        setattr(cuda, name, _Nothing)
+    cuda.current_device = lambda: "cpu"
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment, return-value]
+    to, kind, names = tensor.to, tensor.type, {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+
+    @functools.wraps(to)
+    def to_host(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple("cpu" if _is_cuda(argument) else argument for argument in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        return to(self, *args, **kwargs)
+
+    @functools.wraps(kind)
+    def cuda_type(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        # The distributed optimizer sorts parameters by the names of CUDA tensor types.
+        if dtype is None and self.dtype in names:
+            return f"torch.cuda.{names[self.dtype]}Tensor"
+        return kind(self, **kwargs) if dtype is None else kind(self, dtype, **kwargs)
+
+    tensor.to, tensor.type = to_host, cuda_type
+
+
+def _is_cuda(place: Any) -> bool:
+    return (isinstance(place, str) and place.startswith("cuda")) or (
+        isinstance(place, torch.device) and place.type == "cuda"
+    )
+
+
+def _replace_factories() -> None:
+    for name in _FACTORIES:
+        setattr(torch, name, _on_host(getattr(torch, name)))
+
+
+def _on_host(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_host(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return on_host
+
+
+@contextlib.contextmanager
+def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+    """`CudaRNGStatesTracker.fork` where the GPU's generator is the CPU's, which may therefore change."""
+    if name not in self.states_:
+        raise KeyError(f"random state {name!r} was never added")
+    outside = torch.get_rng_state()
+    torch.set_rng_state(self.states_[name])
+    try:
+        yield
+    finally:
+        self.states_[name] = torch.get_rng_state()
+        torch.set_rng_state(outside)
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW with the interface of Apex's and Transformer Engine's FusedAdam.
+
+    The step count lives in the parameter group and a parameter's state is its two moments only: what
+    megatron-core's resharding of optimizer state expects. torch's own AdamW keeps a step for every
+    parameter, and loading at another layout fails on it.
+
+    Args:
+        params: parameters or groups of them.
+        lr: learning rate.
+        betas: decay of the first and second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled decay (Loshchilov and Hutter, arXiv:1711.05101).
+        adam_w_mode: FusedAdam's name for decoupled decay, which megatron-core passes.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+    ) -> None:
+        assert adam_w_mode, "only decoupled weight decay is written here"
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if not parameters:
+                continue
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter)
+            beta1, beta2 = group["betas"]
+            adamw(
+                parameters,
+                [parameter.grad for parameter in parameters],
+                [self.state[parameter]["exp_avg"] for parameter in parameters],
+                [self.state[parameter]["exp_avg_sq"] for parameter in parameters],
+                [],
+                [torch.tensor(float(group["step"] - 1)) for _ in parameters],
+                foreach=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def _replace_adam() -> None:
+    import megatron.core.optimizer as optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer.Adam = Adam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.Adam = Adam
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = True

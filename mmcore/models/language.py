@@ -1,0 +1,107 @@
+"""The language model: mcore's `GPTModel`, with logits only where they are wanted."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, finfo
+
+from mmcore.models.presets import LanguageArch
+from mmcore.models.specs import Backend, layer_spec
+
+
+class LanguageModel(GPTModel):
+    """Embeddings to logits or losses; one pipeline stage of it."""
+
+    def __init__(
+        self, arch: LanguageArch, config: TransformerConfig, backend: Backend, *, pre_process: bool, post_process: bool
+    ) -> None:
+        super().__init__(
+            config,
+            layer_spec(backend, AttnMaskType.causal),
+            vocab_size=arch.padded_vocab_size,
+            max_sequence_length=arch.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=arch.rotary_base,
+            scatter_embedding_sequence_parallel=False,
+        )
+        self.arch = arch
+
+    def forward(  # type: ignore[override]
+        self,
+        decoder_input: Tensor | None,
+        *,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            decoder_input: [s, b, h] on the first stage; later stages take the one before's output.
+            labels: int64 [b, s]; with them the losses come back.
+            positions: int64 [t], positions in the flattened [b * s] whose logits are wanted; all if None.
+            attention_mask: bool [b, 1, s, s], True where a key must not be seen; None is causal.
+            inference_context: mcore's key-value cache.
+        Returns:
+            Hidden states [s, b, h] on all stages but the last; there losses float32 [t], or logits
+            [t, vocabulary] of all tensor ranks, without the padding of the vocabulary.
+        """
+        rotary_seq_len = self.rotary_pos_emb.get_rotary_seq_len(
+            inference_context, self.decoder, decoder_input, self.config, packed_seq_params
+        )
+        hidden = self.decoder(
+            hidden_states=decoder_input,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            rotary_pos_emb=self.rotary_pos_emb(rotary_seq_len, packed_seq=packed_seq_params is not None),
+            packed_seq_params=packed_seq_params,
+        )  # [s, b, h]
+        if not self.post_process:
+            return hidden
+        hidden = hidden.transpose(0, 1).flatten(0, 1)  # [b * s, h]
+        if positions is not None:
+            hidden = hidden[positions]  # [t, h]
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)  # [t, 1, vocabulary / tp]
+        if labels is None:
+            return gather_from_tensor_model_parallel_region(logits)[:, 0, : self.arch.vocab_size]
+        self._hide_padding(logits)
+        labels = labels.flatten() if positions is None else labels.flatten()[positions]
+        return self.compute_language_model_loss(labels.unsqueeze(0), logits).flatten()  # [t]
+
+    def _hide_padding(self, logits: Tensor) -> None:
+        """Take the vocabulary's padding out of the softmax: it is no token, whatever its rows hold."""
+        width = logits.shape[-1]
+        first = self.pg_collection.tp.rank() * width
+        if first + width > self.arch.vocab_size:
+            logits[..., max(0, self.arch.vocab_size - first) :] = finfo(logits.dtype).min
+
+
+def language_config(arch: LanguageArch, **base: Any) -> TransformerConfig:
+    """mcore's configuration of a LLaMA-shaped decoder."""
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        layernorm_epsilon=arch.layernorm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        # mcore's fused SwiGLU is jitted for GPUs; on the CPU the jit is off and it is plain torch.
+        bias_activation_fusion=True,
+        **base,
+    )

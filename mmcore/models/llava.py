@@ -1,0 +1,133 @@
+"""The whole model: vision tower, projector and language model, on one pipeline stage or many."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from mmcore import host
+from mmcore.config import ParallelConfig
+from mmcore.constants import LANGUAGE_MODEL
+from mmcore.models.language import LanguageModel, language_config
+from mmcore.models.presets import Architecture
+from mmcore.models.projector import build_projector
+from mmcore.models.specs import resolve_backend
+from mmcore.models.splice import splice
+from mmcore.models.vision import VisionModel, vision_config
+
+
+class LlavaModel(MegatronModule):
+    """Vision features, projected and spliced into the language model's embeddings.
+
+    The vision tower and the projector live on the first pipeline stage. Forward:
+    1. the vision tower turns pixels into features, 2. the projector brings them to the language
+    model's width, 3. they replace the placeholders among the text embeddings, 4. the language model
+    runs over all of it.
+    """
+
+    def __init__(self, architecture: Architecture, backend: str = "auto", **base: Any) -> None:
+        """Build this rank's part.
+
+        Args:
+            architecture: all three parts.
+            backend: "auto", "local" or "transformer_engine".
+            base: arguments of mcore's TransformerConfig that all parts share, as `base_config` gives.
+        """
+        assert architecture.vision is not None and architecture.language is not None
+        kernels = resolve_backend(backend)
+        config = language_config(architecture.language, **base)
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder  # mcore's schedules ask for it
+        self.architecture = architecture
+        self.pre_process = parallel_state.is_pipeline_first_stage()
+        self.post_process = parallel_state.is_pipeline_last_stage()
+        if self.pre_process:
+            self.vision_model = VisionModel(architecture.vision, vision_config(architecture.vision, **base), kernels)
+            self.vision_projection = build_projector(architecture, kernels, **base)
+        self.language_model = LanguageModel(
+            architecture.language, config, kernels, pre_process=self.pre_process, post_process=self.post_process
+        )
+        self.share_embeddings_and_output_weights = architecture.language.share_embeddings_and_output_weights
+
+    def freeze(self, modules: Iterable[str]) -> None:
+        """Keep the weights of the named parts (`vision_model`, `vision_projection`, `language_model`)."""
+        for name in modules:
+            if hasattr(self, name):
+                getattr(self, name).requires_grad_(False)
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take the output of the pipeline stage before this one (mcore's schedules call it)."""
+        if not self.pre_process:
+            self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied embedding, whose gradients mcore sums over the first and last stage."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        images: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Run this stage.
+
+        Args:
+            tokens: int64 [b, s]; `image_token_id` once for every image embedding.
+            images: uint8 [n, 3, h, w] in the order of their places, or None where there are none.
+            labels, positions, attention_mask, inference_context: as `LanguageModel.forward`.
+        Returns:
+            As `LanguageModel.forward`.
+        Raises:
+            ValueError: placeholders and image embeddings differ in number.
+        """
+        decoder_input = None
+        if self.pre_process:
+            is_image = tokens == self.architecture.image_token_id  # [b, s]
+            # The placeholder lies outside the vocabulary: any row does for the lookup.
+            decoder_input = self.language_model.embedding(
+                input_ids=tokens.masked_fill(is_image, 0), position_ids=None
+            )  # [s, b, h]
+            if images is not None and len(images):
+                embeddings = self.vision_projection(self.vision_model(images))  # [n, i, h]
+                decoder_input = splice(decoder_input, embeddings, is_image)
+        return self.language_model(
+            decoder_input,
+            labels=labels,
+            positions=positions,
+            attention_mask=attention_mask,
+            inference_context=inference_context,
+            packed_seq_params=packed_seq_params,
+        )
+
+
+def base_config(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Arguments of mcore's TransformerConfig that all parts of a model share."""
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        # Initialised on the host, a weight is one tensor that every layout cuts: the same model at any size.
+        "use_cpu_initialization": not host.has_cuda(),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "gradient_accumulation_fusion": False,
+        # The mean of a step is over all its tokens, however they fall to micro batches and ranks.
+        "calculate_per_token_loss": True,
+        # Micro batches are as long as their longest sample.
+        "variable_seq_lengths": True,
+        # There are no experts, but mcore refuses the line above with its default dispatcher of them.
+        "moe_token_dispatcher_type": "alltoall",
+    }

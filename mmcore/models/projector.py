@@ -1,0 +1,28 @@
+"""The projector: mcore's `MultimodalProjector`, from vision width to language width."""
+
+from typing import Any
+
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mmcore.models.presets import Architecture
+from mmcore.models.specs import ACTIVATIONS, Backend, mlp_submodules
+
+
+def build_projector(architecture: Architecture, backend: Backend, **base: Any) -> MultimodalProjector:
+    """Features [n, i, vision hidden] -> embeddings [n, i, language hidden]."""
+    arch, vision, language = architecture.vision_projection, architecture.vision, architecture.language
+    assert arch is not None and vision is not None and language is not None
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=language.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size or language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        activation_func=ACTIVATIONS[arch.activation],
+        bias_activation_fusion=False,
+        add_bias_linear=arch.add_bias_linear,
+        **{**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None},
+    )
+    return MultimodalProjector(
+        config, mlp_submodules(backend, fused_norm=False), arch.projector_type, vision.hidden_size
+    )

@@ -1,0 +1,123 @@
+"""Which kernels a transformer layer is made of: Transformer Engine's on a GPU, local ones elsewhere.
+
+Checkpoints are interchangeable: the local layers store their norms under the names that
+Transformer Engine's fused layers have.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from mmcore import host
+from mmcore.models.attention import CoreAttention
+
+Backend = Literal["local", "transformer_engine"]
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+# How the local layers' norms are stored, so that either backend loads the other's checkpoints.
+_STORED_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def resolve_backend(asked: str) -> Backend:
+    """What "auto" means on this machine.
+
+    Raises:
+        ValueError: Transformer Engine is asked for and is not there.
+    """
+    if asked == "local":
+        return "local"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        found = False
+    else:
+        found = host.has_cuda()
+    if asked == "transformer_engine" and not found:
+        raise ValueError(
+            "--model.backend transformer_engine needs a GPU and the package transformer-engine "
+            "(pip install 'mmcore[gpu]'); --model.backend local runs anywhere"
+        )
+    return "transformer_engine" if found else "local"
+
+
+def norm(backend: Backend) -> Any:
+    """The layer norm (or RMS norm, as the config says) that stands on its own."""
+    if backend == "local":
+        return WrappedTorchNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def mlp_submodules(backend: Backend, *, fused_norm: bool) -> MLPSubmodules:
+    """Linear layers of an MLP.
+
+    Args:
+        fused_norm: whether the norm before the MLP is part of its first layer; only Transformer
+            Engine's layers can be.
+    """
+    if backend == "local":
+        return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    from megatron.core.extensions import transformer_engine as te
+
+    first = te.TELayerNormColumnParallelLinear if fused_norm else te.TEColumnParallelLinear
+    return MLPSubmodules(linear_fc1=first, linear_fc2=te.TERowParallelLinear)
+
+
+def layer_spec(
+    backend: Backend, attn_mask_type: AttnMaskType, layer: type = TransformerLayer, **params: Any
+) -> ModuleSpec:
+    """One transformer layer.
+
+    Args:
+        attn_mask_type: causal for language, no_mask for vision.
+        layer: class of the layer, built with `params` beside mcore's own arguments.
+    """
+    if backend == "local":
+        linear_qkv, core_attention, linear_proj = ColumnParallelLinear, CoreAttention, RowParallelLinear
+        layer_norm = WrappedTorchNorm
+    else:
+        from megatron.core.extensions import transformer_engine as te
+
+        linear_qkv, core_attention = te.TELayerNormColumnParallelLinear, te.TEDotProductAttention
+        linear_proj, layer_norm = te.TERowParallelLinear, IdentityOp
+    return ModuleSpec(
+        module=layer,
+        params=params,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=layer_norm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": attn_mask_type},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=linear_qkv, core_attention=core_attention, linear_proj=linear_proj
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=layer_norm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(backend, fused_norm=True)),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_STORED_NAMES if backend == "local" else {},
+        ),
+    )

@@ -1,0 +1,85 @@
+"""The vision tower: mcore's `CLIPViTModel`, stopped at the layer whose features are wanted."""
+
+from typing import Any
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from mmcore.models.presets import VisionArch
+from mmcore.models.specs import ACTIVATIONS, Backend, layer_spec, norm
+
+
+class VisionLayer(TransformerLayer):
+    """A layer that passes its input on when it lies above the feature layer.
+
+    The weights above it are kept, so that a tower leaves as whole as it came.
+    """
+
+    def __init__(self, *args: Any, num_layers_run: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_run = self.layer_number <= num_layers_run
+        if not self.is_run:
+            self.requires_grad_(False)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return super().forward(hidden_states, **kwargs) if self.is_run else (hidden_states, None)
+
+
+class VisionModel(CLIPViTModel):
+    """Pixels to features: [n, 3, h, w] -> [n, i, h], i = `VisionArch.num_image_embeddings`."""
+
+    def __init__(self, arch: VisionArch, config: TransformerConfig, backend: Backend) -> None:
+        super().__init__(
+            config,
+            layer_spec(backend, AttnMaskType.no_mask, VisionLayer, num_layers_run=arch.num_layers_run),
+            ln_pre_impl=norm(backend),
+            patch_dim=arch.patch_dim,
+            img_h=arch.image_size,
+            img_w=arch.image_size,
+            model_subtype=arch.model_subtype,
+        )
+        self.arch = arch
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """See.
+
+        Args:
+            images: uint8 [n, 3, h, w], or floats that are normalised already.
+        Returns:
+            Features of `feature_layer` [n, i, h], the class token dropped if the architecture says so.
+        """
+        # Frozen, the tower needs no graph; mcore's block would otherwise start one at its input.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+            features = super().forward(self.normalized(images))  # [n, class token and patches, h]
+        return features[:, self.class_token_len :] if self.arch.drop_class_token else features
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Pixels in the tower's dtype; bytes are scaled to 0..1, then by the tower's mean and deviation."""
+        dtype = self.conv1.weight.dtype
+        if images.dtype != torch.uint8:
+            return images.to(dtype)
+        mean = torch.tensor(self.arch.image_mean, device=images.device).view(3, 1, 1)
+        std = torch.tensor(self.arch.image_std, device=images.device).view(3, 1, 1)
+        return ((images.float() / 255 - mean) / std).to(dtype)
+
+
+def vision_config(arch: VisionArch, **base: Any) -> TransformerConfig:
+    """mcore's configuration of the tower.
+
+    It lives whole on the first pipeline stage: nothing of the language model's layer split may reach
+    it, or mcore silently builds fewer layers than the tower has.
+    """
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        layernorm_epsilon=arch.layernorm_epsilon,
+        activation_func=ACTIVATIONS[arch.activation],
+        bias_activation_fusion=False,
+        **{**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None},
+    )

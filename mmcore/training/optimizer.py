@@ -1,0 +1,58 @@
+"""DDP, the distributed AdamW and its schedule: megatron-core's, configured."""
+
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mmcore.config import OptimizerConfig
+from mmcore.models.llava import LlavaModel
+
+
+def wrap(model: LlavaModel) -> DistributedDataParallel:
+    """The model with its gradient buffers; what is frozen by now gets none."""
+    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    return DistributedDataParallel(model.config, config, model)
+
+
+def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> Any:
+    """The distributed optimizer over this rank's trained parameters.
+
+    Weight decay leaves norms and biases alone (mcore's rule: one-dimensional parameters and biases).
+    """
+    core = CoreOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        bf16=model.config.bf16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(core, [model])
+    model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(config: OptimizerConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
+    """The learning rate of every step; a pure function of the step, so resuming is stepping there."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )
