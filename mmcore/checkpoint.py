@@ -22,8 +22,8 @@ from typing import Any
 import torch.distributed as dist
 
 from mmcore import distributed
-from mmcore.constants import MODEL_FILE, TOKENIZER_DIR
-from mmcore.models.presets import Architecture, load_architecture, save_architecture
+from mmcore.constants import TOKENIZER_DIR
+from mmcore.models.presets import Architecture, checkpoints, save_architecture
 
 from megatron.core import dist_checkpointing  # isort: skip  (after mmcore.distributed, which mends it)
 
@@ -34,31 +34,11 @@ INCOMPLETE = ".incomplete-"
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def checkpoints(run: Path) -> list[Path]:
-    """The published checkpoints of a run, oldest first."""
-    return sorted(path for path in run.glob("step_*") if (path / MODEL_FILE).is_file())
-
-
-def locate(folder: Path) -> Path:
-    """A checkpoint: the folder itself, or the newest one of the run that it holds.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if (folder / MODEL_FILE).is_file():
-        return folder
-    if found := checkpoints(folder):
-        return found[-1]
-    raise ValueError(
-        f"{folder} is no checkpoint and holds none: give a folder that a converter, combine.py or mmcore train wrote"
-    )
-
-
 def load_checkpoint(folder: Path, model: Any, optimizer: Any = None) -> dict[str, Any]:
     """Load weights, and the optimizer's state where one is given, at any layout.
 
     Args:
-        folder: a checkpoint, as `locate` returns it.
+        folder: a checkpoint, as `presets.newest` returns it.
         model: `LlavaModel` or its DDP wrapper.
         optimizer: megatron-core's, or None for the weights alone.
     Returns:
@@ -175,8 +155,3 @@ def _sharded(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA)
     return state
-
-
-def architecture_of(folder: Path) -> Architecture:
-    """The architecture of a checkpoint or of a run's newest one."""
-    return load_architecture(locate(folder))

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmcore import distributed  # noqa: F401  (imports megatron-core before any fork)
+import torch._dynamo  # noqa: F401  (every optimizer imports it: here once, not in each rank)
+
+from mmcore import distributed  # (imports megatron-core before any fork)
 from mmcore.config import ParallelConfig
 
 

@@ -175,49 +175,64 @@ def preset(table: dict[str, Any], name: str, option: str) -> Any:
 
 
 def resolve_architecture(model: ModelConfig) -> Architecture:
-    """The architecture a run trains: its checkpoint's, or else its presets'.
+    """The architecture of the checkpoint that a run starts from, checked against the recipe's presets.
 
     Raises:
-        ValueError: a preset and the checkpoint contradict each other (both values are named), a
-            preset does not exist, or neither a checkpoint nor both towers are given.
+        ValueError: there is no checkpoint, it lacks a part, a preset does not exist, or a preset and
+            the checkpoint contradict each other (both values are named).
     """
-    found = load_architecture(Path(model.checkpoint)) if model.checkpoint else Architecture()
-    language = preset(LANGUAGE, model.language, "language") if model.language else found.language
-    asked = {
-        "vision": preset(VISION, model.vision, "vision") if model.vision else None,
-        "language": language if model.language else None,
-        "vision_projection": (
-            preset(PROJECTOR, model.projector, "projector")(language) if model.projector and language else None
-        ),
-    }
-    if model.checkpoint:
-        for part, wanted in asked.items():
-            check_same(getattr(found, part), wanted, part, model.checkpoint)
-        missing = [part for part in asked if getattr(found, part) is None]
-        if missing:
-            raise ValueError(
-                f"{model.checkpoint}/{MODEL_FILE} has no {' and no '.join(missing)}: "
-                "join the towers first with tools/converters/combine.py"
-            )
-        return found
-    missing = [option for option in ("vision", "language", "projector") if not getattr(model, option)]
-    if missing:
+    if not model.checkpoint:
+        raise ValueError("no model: give --model.checkpoint, a folder that tools/converters/combine.py or a run wrote")
+    found = load_architecture(newest(Path(model.checkpoint)))
+    parts = ("vision", "vision_projection", "language")
+    if missing := [part for part in parts if getattr(found, part) is None]:
         raise ValueError(
-            f"no model: give --model.checkpoint, or presets for all parts (missing: --model.{', --model.'.join(missing)})"
+            f"{model.checkpoint}/{MODEL_FILE} has no {' and no '.join(missing)}: "
+            "join the towers first with tools/converters/combine.py"
         )
-    return compose(asked["vision"], language, asked["vision_projection"])
+    if model.vision:
+        check_same(found.vision, preset(VISION, model.vision, "vision"), "vision tower", model.checkpoint)
+    if model.language:
+        check_same(found.language, preset(LANGUAGE, model.language, "language"), "language model", model.checkpoint)
+    if model.projector:
+        wanted = preset(PROJECTOR, model.projector, "projector")(found.language)
+        check_same(found.vision_projection, wanted, "projector", model.checkpoint)
+    return found
+
+
+def newest(folder: Path) -> Path:
+    """A checkpoint: the folder itself, or the newest one of the run that it holds.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (folder / MODEL_FILE).is_file():
+        return folder
+    if found := checkpoints(folder):
+        return found[-1]
+    raise ValueError(
+        f"{folder} is no checkpoint and holds none: give a folder that combine.py or mmcore train wrote"
+    )
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    return sorted(path for path in run.glob("step_*") if (path / MODEL_FILE).is_file())
 
 
 def check_same(found: Any, wanted: Any, part: str, where: str) -> None:
     """Raise a ValueError that names both values of every field in which two parts differ."""
-    if wanted is None or found is None or found == wanted:
+    if found == wanted:
         return
     differing = [
         f"{field.name}: {getattr(found, field.name)} in the checkpoint, {getattr(wanted, field.name)} in the preset"
         for field in fields(wanted)
         if getattr(found, field.name) != getattr(wanted, field.name)
     ]
-    raise ValueError(f"the {part} of {where} is not the one that this run asks for ({'; '.join(differing)})")
+    raise ValueError(
+        f"the {part} of {where} is not the one that this run is for ({'; '.join(differing)}): "
+        "take the recipe of that model, or another checkpoint"
+    )
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:

@@ -1,0 +1,96 @@
+"""`mmcore train RECIPE [--config FILE.yaml] [--section.option value ...] [--print-config]`."""
+
+import argparse
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import tyro
+import yaml
+
+from mmcore.config import RunConfig, load_yaml, merge, nearest
+from mmcore.constants import EXIT_DONE
+from mmcore.models.presets import Architecture, check_layout, resolve_architecture
+from mmcore.recipes import RECIPES
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:24}{(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    return (
+        "usage: mmcore train RECIPE [--config FILE.yaml] [--section.option value ...] [--print-config]\n\n"
+        f"recipes:\n{rows}\n\n`mmcore train RECIPE --help` lists the options with the recipe's values.\n"
+    )
+
+
+def parse(argv: list[str]) -> tuple[RunConfig, bool]:
+    """The run that a command line asks for: recipe, then YAML, then options.
+
+    Returns:
+        The run, and whether it is only to be printed.
+    Raises:
+        ValueError: unknown recipe, or a YAML that is not a run.
+    """
+    recipe, *options = argv
+    if recipe not in RECIPES:
+        raise ValueError(f"{recipe!r} is not a recipe{nearest(recipe, RECIPES)}; `mmcore train --help` lists them")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--print-config", action="store_true")
+    known, options = first.parse_known_args(options)
+    config = RECIPES[recipe]()
+    if known.config:
+        config = merge(config, load_yaml(known.config), str(known.config))
+    description = f"{RECIPES[recipe].__doc__}\n\n--config FILE.yaml sets options too; --print-config prints such a file."
+    config = tyro.cli(
+        RunConfig,
+        prog=f"mmcore train {recipe}",
+        description=description,
+        default=config,
+        args=options,
+    )
+    return config, known.print_config
+
+
+def check(config: RunConfig, world_size: int) -> Architecture:
+    """Everything that can be said before a process group, a GPU or torch is there.
+
+    Raises:
+        ValueError: what is missing, contradicts itself or does not fit the ranks.
+    """
+    if not config.data.path:
+        raise ValueError("no data: give --data.path, an energon dataset that `mmcore prepare` wrote")
+    if not Path(config.data.path).exists():
+        raise ValueError(f"--data.path {config.data.path} does not exist: write it with `mmcore prepare`")
+    if not config.checkpoint.save:
+        raise ValueError("no place to keep the run: give --checkpoint.save, a folder for its checkpoints and log")
+    architecture = resolve_architecture(config.model)
+    check_layout(architecture, config.parallel)
+    config.train.num_microbatches(config.parallel.data_parallel_size(world_size))
+    return architecture
+
+
+def as_yaml(config: RunConfig) -> str:
+    """YAML that `--config` takes back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return str(yaml.safe_dump(plain(asdict(config)), sort_keys=False))
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return EXIT_DONE
+    config, only_print = parse(argv)
+    if only_print:
+        print(as_yaml(config), end="")
+        return EXIT_DONE
+    architecture = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    from mmcore.training.loop import train
+
+    train(config, architecture)
+    return EXIT_DONE

@@ -1,0 +1,120 @@
+"""What a benchmark is: one file that loads its examples, prompts for them, and scores the answers."""
+
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from mmcore.config import nearest
+from mmcore.evaluation.scores import Scores
+
+Tokenizer = Literal["auto", "ptb", "python", "none"]
+
+# A benchmark is a module with the functions of `Task`, imported when it is asked for.
+TASKS = {
+    "coco": "mmcore.evaluation.coco",
+    "exact-match": "mmcore.evaluation.exact_match",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One thing to answer, and what would be right."""
+
+    id: str
+    image: Path | None
+    prompt: str
+    references: tuple[str, ...]
+
+
+class Task(Protocol):
+    """The two things that a benchmark's file does."""
+
+    def examples(self, data: Path, images: Path | None = None) -> list[Example]:
+        """What a model is asked, in the file's order.
+
+        Args:
+            data: the benchmark's own file.
+            images: folder of its pictures; by default `images` beside the file, or the file's folder.
+        Raises:
+            ValueError: not this benchmark's format, or a picture is missing.
+        """
+
+    def score(self, predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto") -> Scores:
+        """Score a file of predictions against the benchmark's own file; the pictures are not needed.
+
+        Raises:
+            ValueError: a file is missing, unreadable or in another format.
+            EvaluationError: the files do not belong together, or the scorer failed.
+        """
+
+
+def check_task(name: str) -> str:
+    """`name`, if there is such a task.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    if name not in TASKS:
+        raise ValueError(f"there is no task {name!r}{nearest(name, TASKS)} (tasks: {', '.join(TASKS)})")
+    return name
+
+
+def load_task(name: str) -> Task:
+    """The benchmark's module.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    return cast(Task, importlib.import_module(TASKS[check_task(name)]))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Content of a JSON file.
+
+    Raises:
+        ValueError: missing, unreadable, or not JSON; `what` says in the message what the file was to be.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {path} is not UTF-8 text: byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{what} {path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
+        ) from None
+
+
+def sample_id(value: Any, where: str) -> str:
+    """An id as text: files write the same id as a number or as a string.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if isinstance(value, (int, str)) and not isinstance(value, bool) and value != "":
+        return str(value)
+    raise ValueError(f"{where}: an id is a number or a text, not {value!r}")
+
+
+def find_images(data: Path, images: Path | None, names: Sequence[str | None]) -> list[Path | None]:
+    """Paths of the pictures that the rows of `data` name, None where a row has none.
+
+    Raises:
+        ValueError: one is not there; names the file, the row and how many there are.
+    """
+    named = [(row, name) for row, name in enumerate(names) if name is not None]
+    candidates = [images] if images else [data.parent / "images", data.parent]
+    # The first picture tells which of the two it is: a file may name `images/1.jpg` or `1.jpg`.
+    folder = next((path for path in candidates if not named or (path / named[0][1]).is_file()), candidates[0])
+    missing = [(row, folder / name) for row, name in named if not (folder / name).is_file()]
+    if missing:
+        row, path = missing[0]
+        raise ValueError(
+            f"{data}: {len(missing)} of {len(named)} pictures are missing, the first is {path} of row {row} (from 0): "
+            "--images names the folder that they lie in"
+        )
+    return [None if name is None else folder / name for name in names]

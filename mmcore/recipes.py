@@ -1,0 +1,84 @@
+"""Named runs. A variant derives from another with `dataclasses.replace`.
+
+Give paths on the command line: `mmcore train mistral_clip_pretrain --model.checkpoint DIR --data.path DIR
+--checkpoint.save DIR`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mmcore.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+
+def mistral_clip_pretrain() -> RunConfig:
+    """CLIP ViT-L/14@336 and Mistral-7B, frozen; the projector learns to speak between them.
+
+    Source: Megatron-LM examples/multimodal/pretrain_mistral_clip.sh at core_v0.16.1, without its
+    wrong RoPE base (a checkpoint's own is used) and without its dropout on frozen modules.
+    """
+    return RunConfig(
+        model=ModelConfig(
+            vision="clip_vit_l_14_336",
+            language="mistral_7b_v03",
+            projector="megatron_mlp",
+            freeze=("vision_model", "language_model"),
+        ),
+        parallel=ParallelConfig(tensor_model_parallel_size=4),
+        data=DataConfig(conversation="plain", seq_length=1024),
+        train=TrainConfig(steps=20000, global_batch_size=256, micro_batch_size=1),
+        optimizer=OptimizerConfig(lr=1.5e-4, min_lr=1e-5, lr_warmup_steps=200, weight_decay=0.01, clip_grad=1.0),
+        checkpoint=CheckpointConfig(save_interval=1000),
+    )
+
+
+def mistral_clip_sft() -> RunConfig:
+    """The same model after alignment, on conversations: only the vision tower stays frozen.
+
+    Source: Megatron-LM examples/multimodal/sft_mistral_clip.sh at core_v0.16.1, in bf16 (the script
+    forgets the flag and trains in fp32).
+    """
+    base = mistral_clip_pretrain()
+    return replace(
+        base,
+        model=replace(base.model, freeze=("vision_model",)),
+        data=replace(base.data, conversation="mistral_instruct", seq_length=2048),
+        train=replace(base.train, global_batch_size=128),
+        optimizer=replace(base.optimizer, lr=1e-6, min_lr=1e-7, weight_decay=0.1, clip_grad=0.5),
+        checkpoint=replace(base.checkpoint, save_interval=500),
+    )
+
+
+def quickstart_pretrain() -> RunConfig:
+    """The alignment stage in miniature; runs on a laptop's CPU (examples/quickstart)."""
+    return RunConfig(
+        model=ModelConfig(freeze=("vision_model", "language_model")),
+        data=DataConfig(conversation="plain", seq_length=128, num_workers=0),
+        train=TrainConfig(steps=300, global_batch_size=32, micro_batch_size=16, precision="fp32"),
+        optimizer=OptimizerConfig(lr=2e-3, lr_warmup_steps=20),
+        checkpoint=CheckpointConfig(save_interval=1000),
+    )
+
+
+def quickstart_sft() -> RunConfig:
+    """The instruction-tuning stage in miniature."""
+    base = quickstart_pretrain()
+    return replace(
+        base,
+        model=replace(base.model, freeze=("vision_model",)),
+        data=replace(base.data, conversation="mistral_instruct"),
+        train=replace(base.train, steps=800),
+        optimizer=replace(base.optimizer, lr=1e-3),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe for recipe in (mistral_clip_pretrain, mistral_clip_sft, quickstart_pretrain, quickstart_sft)
+}

@@ -1,0 +1,99 @@
+"""What a run tells: a line that a person reads, JSONL that a program reads, TensorBoard if asked."""
+
+import json
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmcore.config import RunConfig
+from mmcore.training.step import StepResult
+
+
+class Metrics:
+    """Reports the steps of a run; on all ranks but the main one it is not made."""
+
+    def __init__(self, config: RunConfig, first_step: int) -> None:
+        """Open the log.
+
+        Args:
+            first_step: steps that are done already; later lines of an interrupted run are cut off.
+        """
+        self.config, self.first_step = config, first_step
+        self.log = Path(config.checkpoint.save) / "log.jsonl"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._keep_until(first_step)
+        self.file = self.log.open("a", buffering=1)
+        self.started = self.last = time.monotonic()
+        self.writer: Any = None
+        if config.logging.tensorboard_dir:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(config.logging.tensorboard_dir, purge_step=first_step)
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=config.train.steps, completed=first_step)
+        self.bar.start()
+
+    def _keep_until(self, step: int) -> None:
+        """Drop what a killed run logged after the checkpoint that this one starts from."""
+        if self.log.exists():
+            lines = self.log.read_text().splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.log.write_text("".join(line + "\n" for line in kept))
+
+    def report(self, step: int, result: StepResult, lr: float, skipped: int) -> None:
+        """Tell one step.
+
+        Args:
+            step: the step just done, from 1.
+            skipped: samples that this rank's loader could not use so far.
+        """
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        samples_per_s = self.config.train.global_batch_size / seconds
+        row = {
+            "step": step,
+            **asdict(result),
+            "lr": lr,
+            "seconds": round(seconds, 4),
+            "samples_per_s": round(samples_per_s, 2),
+            "trained_tokens_per_s": round(result.num_tokens / seconds, 1),
+            "skipped": skipped,
+        }
+        self.file.write(json.dumps(row) + "\n")
+        if self.writer:
+            for name, value in row.items():
+                self.writer.add_scalar(name, value, step)
+        self.bar.update(self.task, completed=step, description=f"loss {result.loss:.4f}")
+        if step % self.config.logging.log_interval == 0 or step in (self.first_step + 1, self.config.train.steps):
+            mean = (now - self.started) / (step - self.first_step)
+            left = timedelta(seconds=round(mean * (self.config.train.steps - step)))
+            note = f" | skipped {skipped}" if skipped else ""
+            self.bar.console.print(
+                f"step {step:>6}/{self.config.train.steps} | loss {result.loss:.4f} | grad norm {result.grad_norm:.3f} | "
+                f"lr {lr:.2e} | {self.config.train.global_batch_size / mean:.1f} samples/s | left {left}{note}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def say(self, text: str) -> None:
+        """Tell something else."""
+        self.bar.console.print(text, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.bar.stop()
+        self.file.close()
+        if self.writer:
+            self.writer.close()
