@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils._device
 from torch.optim.adamw import adamw
 
 _FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor")
@@ -118,6 +119,8 @@ def _is_cuda(place: Any) -> bool:
 
 
 def _replace_factories() -> None:
+    # `with torch.device("meta")` knows the factories by identity: let it note them before they change.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_host(getattr(torch, name)))
 
