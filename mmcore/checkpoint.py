@@ -14,6 +14,7 @@ generator state to keep.
 """
 
 import json
+import queue
 import shutil
 import zlib
 from pathlib import Path
@@ -26,9 +27,14 @@ from mmcore.constants import TOKENIZER_DIR
 from mmcore.models.presets import Architecture, checkpoints, save_architecture
 
 from megatron.core import dist_checkpointing  # isort: skip  (after mmcore.distributed, which mends it)
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 RUN_FILE, MANIFEST_FILE = "run.json", "manifest.json"
 INCOMPLETE = ".incomplete-"
+
+# megatron-core spawns a server process for the results of asynchronous writes: seconds and 300 MB a
+# rank, and an orphan if the rank is killed. We write synchronously, where a queue in the process does.
+filesystem_async._results_queue = queue.SimpleQueue()
 
 # The optimizer is stored by parameter, not by rank's bucket: any layout can load it.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}

@@ -88,6 +88,15 @@ def test_resumes_at_another_layout(written: str, read: str, saved: Any) -> None:
         assert result == pytest.approx(uninterrupted[2 * STEPS : 2 * STEPS + 4], rel=1e-4)
 
 
+def test_stage_without_trained_parameters(tmp_path: Path) -> None:
+    """Alignment trains the projector alone, which lives on the first stage: the second keeps no state."""
+    (tmp_path / "tokenizer").mkdir()
+    layout, frozen = ParallelConfig(pipeline_model_parallel_size=2), ("vision_model", "language_model")
+    first = ranks.run(lambda: run(layout, tmp_path, resume=False, steps=2 * STEPS, freeze=frozen), layout, 2)[0]
+    for result in ranks.run(lambda: run(layout, tmp_path, resume=True, steps=STEPS, freeze=frozen), layout, 2):
+        assert result == first[2 * STEPS :]
+
+
 def test_damage_is_refused_and_named(saved: Any, tmp_path: Path) -> None:
     folder, _ = saved["tp1"]
     copy = tmp_path / "copy"

@@ -1,0 +1,156 @@
+"""One self-contained HTML file about a run: scores, loss curves, pictures with what was said about them."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from mmcore.evaluation.curves import Curve, smooth, smoothing_window, svg
+from mmcore.evaluation.page import SCRIPT, STYLE
+from mmcore.evaluation.scores import write_whole
+
+THUMBNAIL = 512  # pixels; larger pictures are scaled down, so that the file stays small
+SMALL = 128  # pixels; smaller pictures are enlarged without blur
+
+# A report must not ask any machine for anything, even if a text got past the escaping.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummaryRow:
+    """A number, and whether it is as it should be."""
+
+    name: str
+    value: str
+    note: str = ""
+    """What it means, or which bar it is held against."""
+    passed: bool | None = None
+    """None where there is no bar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GalleryItem:
+    """A picture, what the model said, and what is right."""
+
+    image: bytes | Path | None
+    generated: str
+    true: str
+    correct: bool
+    label: str = ""
+    """Small print: where it belongs, its id."""
+    prompt: str = ""
+
+
+def write_report(
+    path: Path,
+    *,
+    title: str,
+    summary: Sequence[SummaryRow],
+    curves: Sequence[Curve] = (),
+    gallery: Sequence[GalleryItem] = (),
+    notes: Sequence[str] = (),
+    subtitle: str = "",
+) -> None:
+    """Write the report, whole or not at all.
+
+    Raises:
+        ValueError: a picture cannot be read, or the file cannot be written.
+    """
+    sections = [_summary(summary), _curves(curves) if curves else "", _gallery(gallery) if gallery else ""]
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p class="quiet">{escape(subtitle)}</p>
+{"".join(sections)}
+<footer class="quiet">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</footer>
+</main>
+{f"<script>{SCRIPT}</script>" if gallery else ""}
+</body>
+</html>
+"""
+    # Lone surrogates, which JSON can carry, cannot be written in UTF-8.
+    write_whole(path, page.encode("utf-8", "replace"))
+
+
+def _summary(rows: Sequence[SummaryRow]) -> str:
+    marks = {True: '<span class="mark right">met</span>', False: '<span class="mark wrong">missed</span>', None: ""}
+    body = "".join(
+        f'<tr><th scope="row">{escape(row.name)}</th><td class="value">{escape(row.value)}</td>'
+        f'<td class="note">{escape(row.note)}</td><td>{marks[row.passed]}</td></tr>'
+        for row in rows
+    )
+    head = '<th>score</th><th class="value">value</th><th>what it means</th><th>bar</th>'
+    return f'<div class="card summary"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _curves(curves: Sequence[Curve]) -> str:
+    figures = []
+    for curve in curves:
+        window = smoothing_window(curve)
+        last = smooth(curve.losses, window)[-1:]
+        told = f"{len(curve.losses)} steps, last {last[0]:.4g} (mean of {window})" if last else "no steps"
+        figures.append(
+            f'<figure class="card"><figcaption><b>{escape(curve.name)}</b><span class="quiet">{told}</span></figcaption>'
+            f"{svg(curve)}</figure>"
+        )
+    return f'<h2>Loss</h2><div class="curves">{"".join(figures)}</div>'
+
+
+def _gallery(items: Sequence[GalleryItem]) -> str:
+    num_right = sum(item.correct for item in items)
+    choices = [("all", "All", len(items)), ("wrong", "Wrong", len(items) - num_right), ("right", "Right", num_right)]
+    buttons = "".join(
+        f'<button value="{kind}" aria-pressed="{str(kind == "all").lower()}">{name} {count}</button>'
+        for kind, name, count in choices
+    )
+    return (
+        f'<h2>Gallery</h2><div class="tools"><div class="choice">{buttons}</div>'
+        '<input type="search" placeholder="Search texts" aria-label="Search texts">'
+        f'<span class="quiet found" aria-live="polite"></span></div><div class="gallery">{"".join(map(_item, items))}</div>'
+        '<button class="more" hidden>Show more</button>'
+    )
+
+
+def _item(item: GalleryItem) -> str:
+    kind = "right" if item.correct else "wrong"
+    words = escape(" ".join((item.label, item.prompt, item.generated, item.true)).lower())
+    prompt = f'<p class="prompt">{escape(item.prompt)}</p>' if item.prompt else ""
+    return (
+        f'<article class="card item {kind}" data-text="{words}">{_picture(item.image)}'
+        f'<div class="head"><span class="quiet">{escape(item.label)}</span><span class="mark">{kind}</span></div>{prompt}'
+        f"<dl><dt>generated</dt><dd>{escape(item.generated) or '&mdash;'}</dd>"
+        f"<dt>true</dt><dd>{escape(item.true)}</dd></dl></article>"
+    )
+
+
+def _picture(image: bytes | Path | None) -> str:
+    """An <img> whose source is the picture itself."""
+    if image is None:
+        return ""
+    from PIL import Image
+
+    try:
+        content = image.read_bytes() if isinstance(image, Path) else image
+        with Image.open(io.BytesIO(content)) as picture:
+            kind, edge = Image.MIME.get(picture.format or "", ""), max(picture.size)
+            if edge > THUMBNAIL or kind not in ("image/png", "image/jpeg", "image/webp", "image/gif"):
+                picture.thumbnail((THUMBNAIL, THUMBNAIL))
+                buffer = io.BytesIO()
+                picture.convert("RGB").save(buffer, "JPEG", quality=85)
+                kind, content = "image/jpeg", buffer.getvalue()
+    except OSError as error:
+        name = image if isinstance(image, Path) else "picture"
+        raise ValueError(f"{name} cannot be shown in the report: {error}") from None
+    small = ' class="small"' if edge <= SMALL else ""
+    return f'<img{small} alt="" src="data:{kind};base64,{base64.b64encode(content).decode()}">'
