@@ -5,6 +5,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from mmcore import host
 from mmcore.data.batch import Batch
 
 
@@ -27,7 +28,7 @@ def step_mean(sums: list[Tensor]) -> tuple[float, int]:
     Args:
         sums: float32 [2] of each micro batch on the last pipeline stage; empty on the others.
     """
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=torch.cuda.current_device())
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=host.device())
     if parallel_state.is_pipeline_last_stage():
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     dist.broadcast(

@@ -1,0 +1,244 @@
+"""Files of weights, read tensor by tensor; nothing in them is ever run."""
+
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_STORAGE_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """The tensors of one model."""
+
+    name: str
+    """For messages."""
+    files: tuple[Path, ...]
+    headers: dict[str, Header]
+    read: Callable[[str], Tensor]
+
+    def sources(self) -> tuple[dict[str, str], ...]:
+        """`Architecture.sources`: names and hashes of the files."""
+        return tuple({"file": path.name, "sha256": sha256(path)} for path in self.files)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, of which a few megabytes are in memory at a time."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def open_folder(folder: Path) -> Weights:
+    """The weights of a Hugging Face folder: safetensors before pickles, whole or in shards.
+
+    Raises:
+        ValueError: no weights, an index that names a file outside the folder or disagrees with its
+            files, or files that cannot be read.
+    """
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            return _open_shards(folder, index)
+        if whole.exists():
+            return open_file(whole)
+    raise ValueError(
+        f"{folder} holds no weights: expected model.safetensors, model.safetensors.index.json and its shards, "
+        "or the same as pytorch_model.bin"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raise a ValueError if `path` does not hold a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def _open_shards(folder: Path, index: Path) -> Weights:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names")
+    shards: dict[str, Weights] = {}
+    for place in sorted(set(places.values())):
+        # A plain name, judged as text: the hub's cache keeps its files as links to another folder.
+        if place in ("", ".", "..") or "/" in place or "\\" in place:
+            raise ValueError(f"{index} points to {place!r}: shards must be plain names of files beside the index")
+        shards[place] = open_file(folder / place)
+    held = {(name, place) for place, shard in shards.items() for name in shard.headers}
+    if differing := sorted(name for name, _ in held ^ set(places.items())):
+        raise ValueError(f"{index} and its files disagree on where these are: {', '.join(differing)}")
+    return Weights(
+        name=str(folder),
+        files=tuple(shard.files[0] for shard in shards.values()),
+        headers={name: shards[place].headers[name] for name, place in places.items()},
+        read=lambda name: shards[places[name]].read(name),
+    )
+
+
+def open_file(path: Path) -> Weights:
+    """The weights of one file: safetensors, a TorchScript archive, or a pickled state dict.
+
+    A state dict may lie under "state_dict", and its names may begin with "module.", as training scripts
+    leave them.
+
+    Raises:
+        ValueError: no such file, unreadable, or a pickle of more than tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    content = _read_torchscript(path) if _is_torchscript(path) else _unpickle(path)
+    nested = content.get("state_dict") if isinstance(content, dict) else None
+    state = nested if isinstance(nested, dict) else content
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{path} does not hold a state dict (names to tensors)")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    headers = {name: Header(tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    return Weights(name=str(path), files=(path,), headers=headers, read=state.__getitem__)
+
+
+def _open_safetensors(path: Path) -> Weights:
+    def read(name: str) -> Tensor:
+        # Opened for each tensor: the file is mapped, and a map that stays keeps all that was read in memory.
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            headers = {
+                name: Header(tuple(part.get_shape()), _SAFETENSORS_DTYPES[part.get_dtype()])
+                for name, part in slices.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): download it again") from None
+    except KeyError as error:
+        raise ValueError(f"{path} holds tensors of type {error}, which no map here takes") from None
+    return Weights(name=str(path), files=(path,), headers=headers, read=read)
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        if name := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} is refused: it holds more than tensors, and reading it would run code that it names "
+                f"({name[1]}). Save it as safetensors where you trust it"
+            ) from None
+        raise ValueError(f"{path} is damaged, or not a file that torch.save wrote") from None
+    except (OSError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read by torch ({str(error).splitlines()[0]})") from None
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+class _Module(dict[str, Any]):
+    """Stands for any module of a TorchScript archive: its attributes by name."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state)
+
+
+class _ModuleReader(pickle.Unpickler):
+    """Reads the modules of a TorchScript archive as dicts of tensors.
+
+    OpenAI's CLIP comes as such an archive. torch.jit.load would compile the code in it; here code is
+    not even looked at, and what is not a module, a tensor or a plain value is refused.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self.archive, self.root = archive, root
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Module
+        if module == "torch" and name in _STORAGE_DTYPES:
+            return _STORAGE_DTYPES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle":  # typed lists and dicts of plain values
+            return lambda value, *_: value
+        raise pickle.UnpicklingError(f"{module}.{name} is neither a module nor a tensor")
+
+    def persistent_load(self, place: Any) -> Tensor:
+        _, dtype, key, *_ = place
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _tensors(_ModuleReader(archive, archive.namelist()[0].split("/")[0]).load())
+    except Exception as error:  # a damaged pickle can raise any
+        raise ValueError(f"{path} cannot be read as a TorchScript archive of weights ({error})") from None
+
+
+def _tensors(module: _Module, prefix: str = "") -> dict[str, Tensor]:
+    """The state dict of a module: names of nested tensors, joined by dots."""
+    found: dict[str, Tensor] = {}
+    for name, value in module.items():
+        if isinstance(value, _Module):
+            found |= _tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            found[f"{prefix}{name}"] = value
+    return found
