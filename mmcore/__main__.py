@@ -1,6 +1,7 @@
 """`mmcore VERB ...`: a table of verbs, each imported when it is asked for."""
 
 import importlib
+import os
 import sys
 
 from mmcore.config import nearest
@@ -32,7 +33,9 @@ def main() -> int:
         return importlib.import_module(f"mmcore.commands.{verb}").main(argv)
     except ValueError as error:
         # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
-        print(f"mmcore {verb}: {error}", file=sys.stderr)
+        # Until the ranks have met they all fail alike, and one of them says it.
+        if os.environ.get("RANK", "0") == "0" or "mmcore.distributed" in sys.modules:
+            print(f"mmcore {verb}: {error}", file=sys.stderr)
         return EXIT_USAGE
 
 

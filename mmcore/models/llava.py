@@ -20,6 +20,9 @@ from mmcore.models.specs import resolve_backend
 from mmcore.models.splice import splice
 from mmcore.models.vision import VisionModel, vision_config
 
+# What builds a vision tower, by its architecture's model_subtype.
+TOWERS = {"clip": VisionModel}
+
 
 class LlavaModel(MegatronModule):
     """Vision features, projected and spliced into the language model's embeddings.
@@ -47,7 +50,8 @@ class LlavaModel(MegatronModule):
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
         if self.pre_process:
-            self.vision_model = VisionModel(architecture.vision, vision_config(architecture.vision, **base), kernels)
+            tower = TOWERS[architecture.vision.model_subtype]
+            self.vision_model = tower(architecture.vision, vision_config(architecture.vision, **base), kernels)
             self.vision_projection = build_projector(architecture, kernels, **base)
         self.language_model = LanguageModel(
             architecture.language, config, kernels, pre_process=self.pre_process, post_process=self.post_process
