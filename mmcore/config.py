@@ -17,7 +17,7 @@ Module = Literal["vision_model", "vision_projection", "language_model"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """", did you mean 'x'?" or nothing."""
+    """ ", did you mean 'x'?" or nothing."""
     close = difflib.get_close_matches(name, list(known), 1)
     return f", did you mean {close[0]!r}?" if close else ""
 
@@ -205,7 +205,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.optimizer.lr_warmup_steps >= self.train.steps:
             raise ValueError(
-                f"--optimizer.lr-warmup-steps {self.optimizer.lr_warmup_steps} must be below --train.steps {self.train.steps}"
+                f"--optimizer.lr-warmup-steps {self.optimizer.lr_warmup_steps} must be below "
+                f"--train.steps {self.train.steps}"
             )
 
 
@@ -260,5 +261,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path} must hold sections (model, parallel, data, ...), not {type(content).__name__}")
+        raise ValueError(
+            f"--config {path} must hold sections (model, parallel, data, ...), not {type(content).__name__}"
+        )
     return content

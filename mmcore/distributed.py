@@ -29,7 +29,8 @@ class Rank:
     @classmethod
     def from_environment(cls) -> "Rank":
         """Read RANK, LOCAL_RANK and WORLD_SIZE; a process started alone is rank 0 of 1."""
-        return cls(**{field.name: int(os.environ.get(field.name.upper(), field.default)) for field in fields(cls)})
+        given = {field.name: os.environ.get(field.name.upper()) for field in fields(cls)}
+        return cls(**{name: int(value) for name, value in given.items() if value is not None})
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
@@ -97,7 +98,7 @@ def broadcast_in_replica(value: Any) -> Any:
         parts = {name: getattr(value, name) for name in value.__dataclass_fields__}
         tensors = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
         rest = {name: part for name, part in parts.items() if name not in tensors}
-        header = [(type(value), rest, {name: (part.shape, part.dtype) for name, part in tensors.items()})]
+        header: list[Any] = [(type(value), rest, {name: (part.shape, part.dtype) for name, part in tensors.items()})]
     else:
         header = [(None, value, {})]
     if dist.get_world_size(group) > 1:

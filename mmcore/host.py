@@ -18,8 +18,10 @@ import torch
 import torch.utils._device
 from torch.optim.adamw import adamw
 
-_FACTORIES = ("arange", "empty", "empty_like", "full", "full_like", "ones", "ones_like", "rand", "randn", "tensor")
-_FACTORIES += ("zeros", "zeros_like", "eye", "linspace", "randint", "as_tensor")
+_FACTORIES = (
+    *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like"),
+    *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
+)
 
 
 def has_cuda() -> bool:
@@ -57,7 +59,7 @@ def use_host() -> None:
     _replace_cuda()
     _replace_factories()
     # Megatron-core compiles its fusions as it is imported; here that would want a C++ compiler and half a minute.
-    torch.compile = lambda function=None, **_: function or (lambda function: function)
+    setattr(torch, "compile", lambda function=None, **_: function or (lambda function: function))  # noqa: B010
     from megatron.core.tensor_parallel import random
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -92,8 +94,12 @@ def _replace_cuda() -> None:
     cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_, **__: self
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment, return-value]
-    to, kind, names = tensor.to, tensor.type, {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    to, kind, names = (
+        tensor.to,
+        tensor.type,
+        {torch.float32: "Float", torch.float16: "Half", torch.bfloat16: "BFloat16"},
+    )
 
     @functools.wraps(to)
     def to_host(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -177,7 +183,8 @@ class Adam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is written here"
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True))
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -17,7 +17,9 @@ from mmcore import distributed  # (imports megatron-core before any fork)
 from mmcore.config import ParallelConfig
 
 
-def run(function: Callable[..., Any], layout: ParallelConfig, world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run(
+    function: Callable[..., Any], layout: ParallelConfig, world_size: int, *args: Any, timeout: float = 120
+) -> list[Any]:
     """Run `function(*args)` on every rank of a layout, megatron-core's groups up.
 
     Returns:
@@ -54,7 +56,11 @@ def _fork(rank: int, world_size: int, port: int, folder: Path, function: Any, la
     status = 1
     try:
         os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world_size),
         )
         distributed.initialize(layout, seed=1)
         result = function(*args)

@@ -32,7 +32,9 @@ def mmcore(*arguments: object, env: dict[str, str] | None = None) -> subprocess.
     return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train"], ["train", "--help"], ["train", "quickstart_sft", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["train"], ["train", "--help"], ["train", "quickstart_sft", "--help"]]
+)
 def test_help(arguments: list[str]) -> None:
     done = mmcore(*arguments)
     assert done.returncode == 0 and "usage: mmcore" in done.stdout and not done.stderr
@@ -57,7 +59,10 @@ def test_help_of_every_verb(verb: str) -> None:
         (["train", "quickstart_sft", "--data.path", "nowhere"], "--data.path nowhere does not exist"),
         (["train", "quickstart_sft", "--data.path", "."], "give --checkpoint.save"),
         (["train", "quickstart_sft", "--data.path", ".", "--checkpoint.save", "x"], "give --model.checkpoint"),
-        (["generate", "--checkpoint", ".", "--task", "coco", "--data", "x", "--output", "y"], "is no checkpoint and holds none"),
+        (
+            ["generate", "--checkpoint", ".", "--task", "coco", "--data", "x", "--output", "y"],
+            "is no checkpoint and holds none",
+        ),
         (["evaluate", "cocoa", "--predictions", "p", "--references", "r"], "cocoa"),
     ],
 )
@@ -70,7 +75,16 @@ def test_mistakes(arguments: list[str], message: str) -> None:
 
 def test_layouts_that_do_not_fit_are_refused_without_torch(tmp_path: Path) -> None:
     save_architecture(tiny.architecture(), tmp_path)
-    base = ["train", "quickstart_sft", "--data.path", ".", "--checkpoint.save", tmp_path / "run", "--model.checkpoint", tmp_path]
+    base = [
+        "train",
+        "quickstart_sft",
+        "--data.path",
+        ".",
+        "--checkpoint.save",
+        tmp_path / "run",
+        "--model.checkpoint",
+        tmp_path,
+    ]
     done = mmcore(*base, "--parallel.tensor-model-parallel-size", 4, env={"WORLD_SIZE": "4"})
     assert done.returncode == 2 and "does not divide the key-value heads" in done.stderr
     done = mmcore(*base, "--parallel.tensor-model-parallel-size", 2, env={"WORLD_SIZE": "3"})

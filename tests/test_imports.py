@@ -8,7 +8,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # A room may import those before it, and itself. `data` is special: see ALLOWED.
-ORDER = ("constants", "config", "host", "distributed", "models", "checkpoint", "training", "inference", "evaluation", "commands")
+ORDER = (
+    "constants",
+    "config",
+    "host",
+    "distributed",
+    "models",
+    "checkpoint",
+    "training",
+    "inference",
+    "evaluation",
+    "commands",
+)
 ALLOWED = {room: set(ORDER[: index + 1]) for index, room in enumerate(ORDER)}
 ALLOWED["distributed"] |= {"host"}
 ALLOWED["data"] = {"constants", "config", "data"}

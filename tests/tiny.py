@@ -11,9 +11,7 @@ from mmcore.data.batch import Batch, EncodedSample, collate
 from mmcore.models.llava import LlavaModel, base_config
 from mmcore.models.presets import Architecture, LanguageArch, ProjectorArch, VisionArch, compose
 
-VISION = VisionArch(
-    num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, image_size=16, patch_dim=8
-)
+VISION = VisionArch(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, image_size=16, patch_dim=8)
 LANGUAGE = LanguageArch(
     num_layers=4,
     hidden_size=48,

@@ -159,5 +159,7 @@ def write(output: Path, examples: list[Example], answers: list[str]) -> None:
     partial = output.with_name(f".{output.name}.incomplete")
     with partial.open("w") as file:
         for example, text in zip(examples, answers, strict=True):
-            file.write(json.dumps({"id": example.id, "prompt": example.prompt, "answer": text}, ensure_ascii=False) + "\n")
+            file.write(
+                json.dumps({"id": example.id, "prompt": example.prompt, "answer": text}, ensure_ascii=False) + "\n"
+            )
     partial.replace(output)

@@ -41,7 +41,9 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool]:
     config = RECIPES[recipe]()
     if known.config:
         config = merge(config, load_yaml(known.config), str(known.config))
-    description = f"{RECIPES[recipe].__doc__}\n\n--config FILE.yaml sets options too; --print-config prints such a file."
+    description = (
+        f"{RECIPES[recipe].__doc__}\n\n--config FILE.yaml sets options too; --print-config prints such a file."
+    )
     config = tyro.cli(
         RunConfig,
         prog=f"mmcore train {recipe}",

@@ -34,7 +34,7 @@ class LanguageModel(GPTModel):
         )
         self.arch = arch
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         decoder_input: Tensor | None,
         *,

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from mmcore import host
 from mmcore.config import ParallelConfig
-from mmcore.constants import LANGUAGE_MODEL
 from mmcore.models.language import LanguageModel, language_config
 from mmcore.models.presets import Architecture
 from mmcore.models.projector import build_projector
@@ -42,11 +41,12 @@ class LlavaModel(MegatronModule):
             base: arguments of mcore's TransformerConfig that all parts share, as `base_config` gives.
         """
         assert architecture.vision is not None and architecture.language is not None
+        assert architecture.image_token_id is not None
         kernels = resolve_backend(backend)
         config = language_config(architecture.language, **base)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # mcore's schedules ask for it
-        self.architecture = architecture
+        self.architecture, self.image_token_id = architecture, architecture.image_token_id
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
         if self.pre_process:
@@ -97,7 +97,7 @@ class LlavaModel(MegatronModule):
         """
         decoder_input = None
         if self.pre_process:
-            is_image = tokens == self.architecture.image_token_id  # [b, s]
+            is_image = tokens.eq(self.image_token_id)  # bool [b, s]
             # The placeholder lies outside the vocabulary: any row does for the lookup.
             decoder_input = self.language_model.embedding(
                 input_ids=tokens.masked_fill(is_image, 0), position_ids=None

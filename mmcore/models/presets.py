@@ -40,7 +40,8 @@ class VisionArch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_dim {self.patch_dim}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"vision hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+                f"vision hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
             )
         if not -self.num_layers <= self.feature_layer <= -1:
             raise ValueError(f"feature_layer {self.feature_layer} must lie between -{self.num_layers} and -1")
@@ -100,7 +101,8 @@ class LanguageArch:
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
             )
 
     @property
@@ -170,7 +172,9 @@ def preset(table: dict[str, Any], name: str, option: str) -> Any:
         ValueError: no such preset; names the nearest one.
     """
     if name not in table:
-        raise ValueError(f"--model.{option} {name!r} is not a preset{nearest(name, table)}; there are: {', '.join(table)}")
+        raise ValueError(
+            f"--model.{option} {name!r} is not a preset{nearest(name, table)}; there are: {', '.join(table)}"
+        )
     return table[name]
 
 
@@ -210,9 +214,7 @@ def newest(folder: Path) -> Path:
         return folder
     if found := checkpoints(folder):
         return found[-1]
-    raise ValueError(
-        f"{folder} is no checkpoint and holds none: give a folder that combine.py or mmcore train wrote"
-    )
+    raise ValueError(f"{folder} is no checkpoint and holds none: give a folder that combine.py or mmcore train wrote")
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -44,7 +44,7 @@ class VisionModel(CLIPViTModel):
         )
         self.arch = arch
 
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, images: Tensor) -> Tensor:
         """See.
 
         Args:

@@ -36,7 +36,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     run = Path(config.checkpoint.save)
     distributed.initialize(config.parallel, config.train.seed)
     architecture = replace(architecture, conversation=config.data.conversation or architecture.conversation)
-    model = LlavaModel(architecture, config.model.backend, **base_config(config.parallel, DTYPES[config.train.precision]))
+    model = LlavaModel(
+        architecture, config.model.backend, **base_config(config.parallel, DTYPES[config.train.precision])
+    )
     model.freeze(config.model.freeze)
     ddp = wrap(model)
     optimizer = build_optimizer(config.optimizer, ddp)

@@ -32,7 +32,9 @@ def step_mean(sums: list[Tensor]) -> tuple[float, int]:
     if parallel_state.is_pipeline_last_stage():
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     dist.broadcast(
-        total, parallel_state.get_pipeline_model_parallel_last_rank(), parallel_state.get_pipeline_model_parallel_group()
+        total,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        parallel_state.get_pipeline_model_parallel_group(),
     )
     loss, count = total.tolist()
     return loss / max(count, 1), int(count)

@@ -82,8 +82,8 @@ class Metrics:
             left = timedelta(seconds=round(mean * (self.config.train.steps - step)))
             note = f" | skipped {skipped}" if skipped else ""
             self.bar.console.print(
-                f"step {step:>6}/{self.config.train.steps} | loss {result.loss:.4f} | grad norm {result.grad_norm:.3f} | "
-                f"lr {lr:.2e} | {self.config.train.global_batch_size / mean:.1f} samples/s | left {left}{note}",
+                f"step {step:>6}/{self.config.train.steps} | loss {result.loss:.4f} | "
+                f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {self.config.train.global_batch_size / mean:.1f} samples/s | left {left}{note}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests import ranks, tiny
 
 from mmcore.config import ParallelConfig
 from mmcore.inference.generator import Prompt, generate
+from tests import ranks, tiny
 
 LAYOUTS = {
     "tp1": (ParallelConfig(), 1),

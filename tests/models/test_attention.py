@@ -10,7 +10,9 @@ from mmcore.models.attention import CoreAttention
 
 
 def attention(mask: AttnMaskType) -> CoreAttention:
-    config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0)
+    config = TransformerConfig(
+        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0
+    )
     return CoreAttention(config, 1, mask, "self")
 
 
@@ -61,12 +63,16 @@ def test_packed_never_crosses_sequences(mask: AttnMaskType) -> None:
     for part in (query, key, value):
         part.requires_grad_()
     bounds = torch.tensor([0, 3, 4, 10], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=6, max_seqlen_kv=6)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=6, max_seqlen_kv=6
+    )
     together = attention(mask)(query, key, value, None, packed_seq_params=packed)
     pieces = zip(*(part.split(lengths) for part in (query, key, value)), strict=True)
     alone = torch.cat([attention(mask)(*(part[:, None] for part in piece), None)[:, 0] for piece in pieces])
     torch.testing.assert_close(together, alone)
     weights = torch.randn_like(alone)
-    gradients = [torch.autograd.grad((out * weights).sum(), (query, key, value), retain_graph=True) for out in (together, alone)]
+    gradients = [
+        torch.autograd.grad((out * weights).sum(), (query, key, value), retain_graph=True) for out in (together, alone)
+    ]
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)

@@ -11,7 +11,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tests import ranks, tiny
 
 from mmcore.config import ParallelConfig
 from mmcore.models.language import language_config
@@ -20,6 +19,7 @@ from mmcore.models.presets import VOCAB_DIVISOR, Architecture
 from mmcore.models.specs import layer_spec, mlp_submodules
 from mmcore.models.splice import splice
 from mmcore.models.vision import vision_config
+from tests import ranks, tiny
 
 # The oracle always takes the last layer's features.
 ORACLE = replace(
@@ -121,9 +121,7 @@ def padded_rows_do_not_matter() -> tuple[float, float]:
     model.language_model.embedding.word_embeddings.weight.data[tiny.LANGUAGE.vocab_size :] += 100.0
     logits = model(batch.tokens, batch.images, positions=batch.loss_positions)
     assert logits.shape == (len(batch.loss_positions), tiny.LANGUAGE.vocab_size)
-    by_hand = torch.nn.functional.cross_entropy(
-        logits, batch.labels.flatten()[batch.loss_positions], reduction="sum"
-    )
+    by_hand = torch.nn.functional.cross_entropy(logits, batch.labels.flatten()[batch.loss_positions], reduction="sum")
     torch.testing.assert_close(by_hand, before, rtol=1e-5, atol=0)
     return float(before), float(model(batch.tokens, batch.images, **arguments).sum())
 

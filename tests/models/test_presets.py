@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import ranks, tiny
 
 from mmcore.config import ModelConfig, ParallelConfig
 from mmcore.models.llava import LlavaModel, base_config
@@ -18,6 +17,7 @@ from mmcore.models.presets import (
     resolve_architecture,
     save_architecture,
 )
+from tests import ranks, tiny
 
 
 def count() -> dict[str, int]:

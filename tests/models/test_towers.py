@@ -13,13 +13,13 @@ import open_clip
 import pytest
 import torch
 from megatron.core import parallel_state
-from tests import ranks
 from transformers import MistralConfig, MistralForCausalLM
 
 from mmcore import checkpoint
 from mmcore.config import ParallelConfig
 from mmcore.models.llava import LlavaModel, base_config
 from mmcore.models.presets import load_architecture
+from tests import ranks
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
@@ -70,9 +70,7 @@ def towers(tmp_path_factory: Any) -> tuple[Path, Any, Any]:
     mistral.save_pretrained(folder / "mistral")
     convert("clip", "--input", folder / "clip.pt", "--output", folder / "vision", "--num-attention-heads", 4)
     convert("mistral", "--input", folder / "mistral", "--output", folder / "language")
-    convert(
-        "combine", "--vision", folder / "vision", "--language", folder / "language", "--output", folder / "model"
-    )
+    convert("combine", "--vision", folder / "vision", "--language", folder / "language", "--output", folder / "model")
     return folder / "model", clip, mistral
 
 
@@ -101,7 +99,9 @@ def test_towers_equal_their_originals(name: str, towers: tuple[Path, Any, Any]) 
     images = torch.randn(3, 3, 32, 32, generator=generator)
 
     hidden = []
-    hooks = [block.register_forward_hook(lambda *args: hidden.append(args[2])) for block in clip.visual.transformer.resblocks]
+    hooks = [
+        block.register_forward_hook(lambda *args: hidden.append(args[2])) for block in clip.visual.transformer.resblocks
+    ]
     clip.visual(images)
     for hook in hooks:
         hook.remove()

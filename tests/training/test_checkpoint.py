@@ -6,20 +6,22 @@ from typing import Any
 
 import pytest
 from megatron.core import parallel_state
-from tests import ranks, tiny
-from tests.training.test_layouts import LAYOUTS, microbatches
 
 from mmcore import checkpoint, distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.presets import checkpoints
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
+from tests import ranks, tiny
+from tests.training.test_layouts import LAYOUTS, microbatches
 
 ALL = {"tp1": (ParallelConfig(), 1), **LAYOUTS}
 STEPS = 4
 
 
-def run(layout: ParallelConfig, folder: Path, *, resume: bool, steps: int, freeze: tuple[str, ...] = ("vision_model",)) -> list[Any]:
+def run(
+    layout: ParallelConfig, folder: Path, *, resume: bool, steps: int, freeze: tuple[str, ...] = ("vision_model",)
+) -> list[Any]:
     """Train, saving after STEPS steps; or go on from there."""
     model = tiny.build(layout, seed=9 if resume else 5)
     model.freeze(freeze)
@@ -61,7 +63,9 @@ def saved(tmp_path_factory: Any) -> dict[str, tuple[Path, list[Any]]]:
         folder = tmp_path_factory.mktemp(name)
         (folder / "tokenizer").mkdir()
         layout, world_size = ALL[name]
-        results = ranks.run(lambda layout=layout, folder=folder: run(layout, folder, resume=False, steps=2 * STEPS), layout, world_size)
+        results = ranks.run(
+            lambda layout=layout, folder=folder: run(layout, folder, resume=False, steps=2 * STEPS), layout, world_size
+        )
         found[name] = (folder, results[0])
     return found
 

@@ -11,12 +11,12 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from tests import ranks, tiny
 
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.training.loss import step_mean
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import forward_step, train_step
+from tests import ranks, tiny
 
 LAYOUTS = {
     "tp2": (ParallelConfig(tensor_model_parallel_size=2), 2),
@@ -88,7 +88,11 @@ def assembled(results: list[dict[str, Any]]) -> dict[str, torch.Tensor | None]:
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
     result = ranks.run(gradients, ParallelConfig(), 1, ParallelConfig())[0]
-    assert all(value[0] is not None for name, value in result["gradients"].items() if "vision_model.decoder.layers.2" not in name)
+    assert all(
+        value[0] is not None
+        for name, value in result["gradients"].items()
+        if "vision_model.decoder.layers.2" not in name
+    )
     return result
 
 
