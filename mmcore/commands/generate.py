@@ -5,7 +5,7 @@ import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -24,7 +24,7 @@ class GenerateConfig:
 
     checkpoint: Path
     """Folder that combine.py or mmcore train wrote; of a run, its newest checkpoint is taken."""
-    task: Literal[tuple(TASKS)]  # type: ignore[valid-type]
+    task: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(TASKS) + "}")]
     """Whose examples and prompts are used."""
     data: Path
     """The task's data file."""
@@ -157,7 +157,7 @@ def write(output: Path, examples: list[Example], answers: list[str]) -> None:
     """Write the predictions whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.incomplete")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         for example, text in zip(examples, answers, strict=True):
             file.write(
                 json.dumps({"id": example.id, "prompt": example.prompt, "answer": text}, ensure_ascii=False) + "\n"

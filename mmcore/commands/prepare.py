@@ -79,8 +79,9 @@ def show(report: "Report", output: Path) -> None:
     """Print the summary."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=str(output), title_justify="left", show_header=False)
+    table = Table(title=Text(str(output)), title_justify="left", show_header=False)
     for split, count in report.kept.items():
         table.add_row(f"kept, {split}", str(count))
     for reason, count in report.rejected.most_common():

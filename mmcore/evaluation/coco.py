@@ -7,6 +7,9 @@ Three forms of the references are in circulation, and all are read:
   of which the test split counts
 - a list: `[{"image" or "image_id", "caption": [...]}]`
 
+METEOR's number for all captions together is not the mean of theirs: its fragmentation penalty is nothing for captions
+that are all right and a quarter of the score as soon as a few are not. That is the official number.
+
 SPICE is left out: its scorer downloads a parser when it is made, and blocks all others where it cannot.
 """
 
@@ -87,7 +90,7 @@ def load_captions(references: Path) -> dict[str, tuple[str, ...]]:
     bare = [picture.id for picture in pictures if not picture.captions]
     if bare:
         raise ValueError(
-            f"{references}: {len(bare)} of {len(pictures)} pictures have no caption to compare with, the first is {bare[0]}"
+            f"{references}: {len(bare)} of {len(pictures)} pictures have no caption to compare with, first {bare[0]}"
         )
     return {picture.id: picture.captions for picture in pictures}
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import groupby
+from itertools import accumulate, groupby
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 14, 44
 MAX_POINTS = 1000  # of a path; a longer curve is thinned
 LOG_RATIO = 10  # a curve that falls further has a logarithmic axis
 
@@ -22,15 +22,15 @@ class Curve:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean of the last `window` finite values, at every step."""
-    means, total, recent = [], 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            recent.append(value)
-            total += value
-        if len(recent) > window:
-            total -= recent.pop(0)
-        means.append(total / len(recent) if recent else math.nan)
+    """Mean of the finite values among the `window` around every step; not a number where there is none."""
+    finite = [value if math.isfinite(value) else 0.0 for value in values]
+    totals = [0.0, *accumulate(finite)]
+    counts = [0, *accumulate(int(math.isfinite(value)) for value in values)]
+    means = []
+    for index in range(len(values)):
+        start, end = max(0, index - window // 2), min(len(values), index + (window + 1) // 2)
+        count = counts[end] - counts[start]
+        means.append((totals[end] - totals[start]) / count if count else math.nan)
     return means
 
 

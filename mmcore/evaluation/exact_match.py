@@ -28,7 +28,7 @@ def fold(text: str) -> str:
 
 
 def examples(data: Path, images: Path | None = None) -> list[Example]:
-    """See `Task.examples`. The image tag is not part of the prompt: LLaVA puts the picture first, wherever the tag is."""
+    """See `Task.examples`. The prompt has no image tag: LLaVA puts the picture first, wherever the tag is."""
     rows = _load_conversations(data)
     if rows is None:
         return coco.examples(data, images)

@@ -25,8 +25,12 @@ h2 { margin: 40px 0 12px; font-size: 18px; letter-spacing: -0.01em; }
 .summary { overflow-x: auto; }
 table { width: 100%; border-collapse: collapse; }
 th, td { padding: 9px 16px; text-align: left; vertical-align: baseline; border-top: 1px solid var(--line); }
-thead th { border-top: 0; color: var(--quiet); font-size: 13px; font-weight: 500; }
+thead th { border-top: 0; }
+thead th, thead .value { color: var(--quiet); font-size: 13px; font-weight: 500; }
 tbody th { font-weight: 500; }
+.part th, .part td { border-top: 0; padding-top: 0; }
+.part th { padding-left: 32px; color: var(--quiet); font-weight: 400; }
+.part .value { color: var(--quiet); font-weight: 500; }
 .value { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; font-weight: 600; }
 .note { color: var(--quiet); font-size: 14px; }
 .mark {
@@ -34,7 +38,7 @@ tbody th { font-weight: 500; }
 }
 .right .mark, .mark.right { color: var(--right); background: var(--right-soft); }
 .wrong .mark, .mark.wrong { color: var(--wrong); background: var(--wrong-soft); }
-.curves { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
+.curves { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); }
 figure { margin: 0; padding: 14px 16px 10px; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 16px; margin-bottom: 6px; }
 figcaption b { font-weight: 600; }
@@ -64,10 +68,25 @@ input {
 dl { margin: 8px 14px 14px; overflow-wrap: anywhere; }
 dt { color: var(--quiet); font-size: 12px; }
 dd { margin: 0 0 6px; }
-.more { display: block; margin: 20px auto 0; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
+dd mark { padding: 0 3px; border-radius: 4px; color: var(--wrong); background: var(--wrong-soft); }
+.more {
+  display: block; margin: 20px auto 0; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
+}
 .more[hidden] { display: none; }
 footer { margin-top: 40px; font-size: 14px; }
 footer p { margin: 4px 0; }
+@media (max-width: 600px) {
+  h1 { margin-top: 24px; font-size: 24px; }
+  thead { display: none; }
+  tr { display: grid; grid-template-columns: 1fr auto; padding: 9px 14px; border-top: 1px solid var(--line); }
+  tbody tr:first-child, .part { border-top: 0; }
+  tr.part { padding-top: 0; }
+  th, td, .part th, .part td { padding: 0; border: 0; }
+  .part th { padding-left: 14px; }
+  .part .note { padding-left: 14px; }
+  td:last-child { text-align: right; }
+  svg { font-size: 16px; }
+}
 """
 
 # Shows a page of the gallery's items at a time; those that the buttons and the search leave.
@@ -80,15 +99,15 @@ function show() {
   const words = search.value.toLowerCase().split(/\\s+/);
   let count = 0;
   for (const item of items) {
-    const fits = (kind === "all" || item.classList.contains(kind)) && words.every(word => item.dataset.text.includes(word));
-    item.hidden = !fits || ++count > limit;
+    const fits = words.every(word => item.dataset.text.includes(word));
+    item.hidden = !fits || !(kind === "all" || item.classList.contains(kind)) || ++count > limit;
   }
   more.hidden = count <= limit;
   found.textContent = `${count} of ${items.length}`;
 }
 for (const button of buttons) button.onclick = () => {
   kind = button.value; limit = page;
-  for (const other of buttons) other.ariaPressed = other === button;
+  for (const other of buttons) other.setAttribute("aria-pressed", other === button);
   show();
 };
 search.oninput = () => { limit = page; show(); };

@@ -1,13 +1,15 @@
 """One self-contained HTML file about a run: scores, loss curves, pictures with what was said about them."""
 
 import base64
+import difflib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from mmcore.evaluation.curves import Curve, smooth, smoothing_window, svg
+from mmcore.evaluation.curves import Curve, smoothing_window, svg
 from mmcore.evaluation.page import SCRIPT, STYLE
 from mmcore.evaluation.scores import write_whole
 
@@ -28,6 +30,8 @@ class SummaryRow:
     """What it means, or which bar it is held against."""
     passed: bool | None = None
     """None where there is no bar."""
+    is_part: bool = False
+    """Whether it is a part of the row above it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,8 @@ def write_report(
 def _summary(rows: Sequence[SummaryRow]) -> str:
     marks = {True: '<span class="mark right">met</span>', False: '<span class="mark wrong">missed</span>', None: ""}
     body = "".join(
-        f'<tr><th scope="row">{escape(row.name)}</th><td class="value">{escape(row.value)}</td>'
+        f'<tr class="{"part" if row.is_part else ""}">'
+        f'<th scope="row">{escape(row.name)}</th><td class="value">{escape(row.value)}</td>'
         f'<td class="note">{escape(row.note)}</td><td>{marks[row.passed]}</td></tr>'
         for row in rows
     )
@@ -98,11 +103,12 @@ def _curves(curves: Sequence[Curve]) -> str:
     figures = []
     for curve in curves:
         window = smoothing_window(curve)
-        last = smooth(curve.losses, window)[-1:]
-        told = f"{len(curve.losses)} steps, last {last[0]:.4g} (mean of {window})" if last else "no steps"
+        last = [loss for loss in curve.losses if math.isfinite(loss)][-window:]
+        told = f"at the end {sum(last) / len(last):.3g}" if last else "no finite loss"
+        told += f", mean of {len(last)} steps" if len(last) > 1 else ""
         figures.append(
-            f'<figure class="card"><figcaption><b>{escape(curve.name)}</b><span class="quiet">{told}</span></figcaption>'
-            f"{svg(curve)}</figure>"
+            f'<figure class="card"><figcaption><b>{escape(curve.name)}</b><span class="quiet">{told}</span>'
+            f"</figcaption>{svg(curve)}</figure>"
         )
     return f'<h2>Loss</h2><div class="curves">{"".join(figures)}</div>'
 
@@ -117,7 +123,8 @@ def _gallery(items: Sequence[GalleryItem]) -> str:
     return (
         f'<h2>Gallery</h2><div class="tools"><div class="choice">{buttons}</div>'
         '<input type="search" placeholder="Search texts" aria-label="Search texts">'
-        f'<span class="quiet found" aria-live="polite"></span></div><div class="gallery">{"".join(map(_item, items))}</div>'
+        '<span class="quiet found" aria-live="polite"></span></div>'
+        f'<div class="gallery">{"".join(map(_item, items))}</div>'
         '<button class="more" hidden>Show more</button>'
     )
 
@@ -128,10 +135,21 @@ def _item(item: GalleryItem) -> str:
     prompt = f'<p class="prompt">{escape(item.prompt)}</p>' if item.prompt else ""
     return (
         f'<article class="card item {kind}" data-text="{words}">{_picture(item.image)}'
-        f'<div class="head"><span class="quiet">{escape(item.label)}</span><span class="mark">{kind}</span></div>{prompt}'
-        f"<dl><dt>generated</dt><dd>{escape(item.generated) or '&mdash;'}</dd>"
-        f"<dt>true</dt><dd>{escape(item.true)}</dd></dl></article>"
+        f'<div class="head"><span class="quiet">{escape(item.label)}</span><span class="mark">{kind}</span></div>'
+        f"{prompt}<dl>{_texts(item)}</dl></article>"
     )
+
+
+def _texts(item: GalleryItem) -> str:
+    """What was said and what is true; words of the first that are not in the second are marked."""
+    generated, true = item.generated.split(), item.true.split()
+    if generated == true:
+        return f"<dt>generated, and true</dt><dd>{escape(item.generated)}</dd>"
+    words = []
+    for kind, start, end, *_ in difflib.SequenceMatcher(None, generated, true, autojunk=False).get_opcodes():
+        if text := escape(" ".join(generated[start:end])):
+            words.append(text if kind == "equal" or item.correct else f"<mark>{text}</mark>")
+    return f"<dt>generated</dt><dd>{' '.join(words) or '&mdash;'}</dd><dt>true</dt><dd>{escape(item.true)}</dd>"
 
 
 def _picture(image: bytes | Path | None) -> str:

@@ -97,15 +97,16 @@ def table(task: str, scores: Scores) -> "Table":
     """The scores for a terminal."""
     from rich.table import Table
 
-    count = f"{scores.num_samples} samples"
-    if scores.num_correct is not None:
-        count = f"{scores.num_correct} of {count} right"
-    rows = Table(title=f"{task}: {count}", title_justify="left")
-    rows.add_column("metric")
+    rows = Table()
+    rows.add_column(task)
     rows.add_column("value", justify="right")
     rows.add_column("scale", style="dim")
     for name, value in scores.metrics.items():
         rows.add_row(name, f"{value:.2f}" if scores.scales[name] == "percent" else f"{value:.4f}", scores.scales[name])
     for name in scores.skipped:
         rows.add_row(name, "-", "left out, see above", style="dim")
+    rows.add_section()
+    rows.add_row("samples", str(scores.num_samples))
+    if scores.num_correct is not None:
+        rows.add_row("right", str(scores.num_correct))
     return rows

@@ -3,8 +3,8 @@
 The PTB tokenizer and METEOR are Java programs inside pycocoevalcap. They are run here with its own command lines, but
 with a time limit, in UTF-8 whatever the locale, and without writing into the installed package. Its wrappers wait for
 ever when Java dies. Three things differ from them on purpose: every line break inside a caption becomes a space
-(pycocoevalcap replaces \\n only, and the others shift all later captions by one), lone surrogates become "?", and "|||",
-which METEOR takes for the end of a caption, is removed from references as it is from candidates.
+(pycocoevalcap replaces the newline only, and the others shift all later captions by one), lone surrogates become "?",
+and "|||", which METEOR takes for the end of a caption, is removed from references as it is from candidates.
 """
 
 import re
@@ -80,7 +80,9 @@ def score_captions(
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise ValueError(f"caption metrics need pycocoevalcap ({error}): install mmcore with its extra `eval`") from None
+        raise ValueError(
+            f"caption metrics need pycocoevalcap ({error}): install mmcore with its extra `eval`"
+        ) from None
 
     problem = java_problem()
     if tokenizer == "ptb" and problem:
@@ -91,7 +93,8 @@ def score_captions(
         skipped["PTB tokenizer"] = f"{problem}; a Python tokenizer stands in, which cuts most captions alike, not all"
 
     flat = [sanitise(text) for name in candidates for text in (candidates[name], *references[name])]
-    tokens = iter({"ptb": tokenize_ptb, "python": tokenize_python, "none": list[str]}[chosen](flat))
+    tokenize = {"ptb": tokenize_ptb, "python": tokenize_python}.get(chosen, lambda captions: [*captions])
+    tokens = iter(tokenize(flat))
     result: dict[str, list[str]] = {}
     truth: dict[str, list[str]] = {}
     for name in candidates:
