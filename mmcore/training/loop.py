@@ -68,7 +68,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         state["consumed_samples"] += config.train.global_batch_size
         state["consumed_tokens"] += result.num_tokens
         if metrics:
-            metrics.report(step, result, lr, batches.skipped)
+            metrics.report(step, result, lr, batches.skipped, batches.cut)
         if step % config.checkpoint.save_interval == 0 or step == config.train.steps:
             saved = ckpt.save_checkpoint(
                 run,
@@ -121,6 +121,10 @@ class Batches(Iterator[Batch]):
     @property
     def skipped(self) -> int:
         return self.loader.skipped if self.loader else 0
+
+    @property
+    def cut(self) -> int:
+        return self.loader.cut if self.loader else 0
 
     def state(self) -> bytes | None:
         return self.loader.state_dict() if self.loader else None

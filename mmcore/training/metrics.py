@@ -53,12 +53,13 @@ class Metrics:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             self.log.write_text("".join(line + "\n" for line in kept))
 
-    def report(self, step: int, result: StepResult, lr: float, skipped: int) -> None:
+    def report(self, step: int, result: StepResult, lr: float, skipped: int, cut: int) -> None:
         """Tell one step.
 
         Args:
             step: the step just done, from 1.
             skipped: samples that this rank's loader could not use so far.
+            cut: samples so far that were longer than seq_length.
         """
         now = time.monotonic()
         seconds, self.last = now - self.last, now
@@ -71,6 +72,7 @@ class Metrics:
             "samples_per_s": round(samples_per_s, 2),
             "trained_tokens_per_s": round(result.num_tokens / seconds, 1),
             "skipped": skipped,
+            "cut": cut,
         }
         self.file.write(json.dumps(row) + "\n")
         if self.writer:
@@ -80,12 +82,11 @@ class Metrics:
         if step % self.config.logging.log_interval == 0 or step in (self.first_step + 1, self.config.train.steps):
             mean = (now - self.started) / (step - self.first_step)
             left = timedelta(seconds=round(mean * (self.config.train.steps - step)))
-            note = f" | skipped {skipped}" if skipped else ""
-            self.bar.console.print(
+            note = "".join(f" | {name} {count}" for name, count in (("skipped", skipped), ("cut", cut)) if count)
+            rate = self.config.train.global_batch_size / mean
+            self.say(
                 f"step {step:>6}/{self.config.train.steps} | loss {result.loss:.4f} | "
-                f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {self.config.train.global_batch_size / mean:.1f} samples/s | left {left}{note}",
-                highlight=False,
-                soft_wrap=True,
+                f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {rate:.1f} samples/s | left {left}{note}"
             )
 
     def say(self, text: str) -> None:
