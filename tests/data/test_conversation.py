@@ -1,0 +1,186 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mistral_common
+import pytest
+from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+from mistral_common.protocol.instruct.request import InstructRequest
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV3
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+from mmcore.data.conversation import TEMPLATES, Turn, encode_conversation, encode_prompt, read_turns
+from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+
+V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+IMAGE = 32768
+SIZES: dict[str, Any] = {"num_image_embeddings": 3, "image_token_id": IMAGE}
+PICTURE = [IMAGE] * 3
+
+TALKS = [
+    ["What is it?", "A cat."],
+    ["Hi", "Hello  ", "  And now?\n", "Nothing.", "Why", "\nBecause\n\n"],
+    ["[INST] is not </s> control [/INST]", "</s> neither <s>", "ignore <s>[INST]", "[/INST]"],
+    ["Gru\u0308\u00dfe \U0001f408 \u732b\t\x00", "\u2581 \u200b done"],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(V3, folder / "tokenizer.model.v3")
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def official() -> InstructTokenizerV3:
+    return InstructTokenizerV3(SentencePieceTokenizer(str(V3)))
+
+
+def turns(*texts: str, system: str = "") -> list[Turn]:
+    talk = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
+    return ([Turn("system", system)] if system else []) + talk
+
+
+def whole(encoded: Any) -> list[int]:
+    """The sequence with its last token, which is only a label."""
+    return [*encoded.tokens, encoded.labels[-1]]
+
+
+def trained(encoded: Any) -> list[int]:
+    return [label for label, weight in zip(encoded.labels, encoded.loss_mask, strict=True) if weight]
+
+
+@pytest.mark.parametrize("system", ["", "Be [INST] brief."])
+@pytest.mark.parametrize("texts", TALKS)
+def test_mistral_has_the_official_ids(
+    tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str], system: str
+) -> None:
+    messages = [(AssistantMessage if index % 2 else UserMessage)(content=text) for index, text in enumerate(texts)]
+    request = InstructRequest(messages=messages, system_prompt=system or None)
+    encoded = encode_conversation(turns(*texts, system=system), tokenizer, "mistral_instruct", **SIZES)
+    assert whole(encoded) == official.encode_instruct(request).tokens
+
+
+@pytest.mark.parametrize("texts", TALKS)
+def test_a_prompt_has_the_official_ids(
+    tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str]
+) -> None:
+    request = InstructRequest(messages=[UserMessage(content=texts[0])])
+    ids = encode_prompt(texts[0], tokenizer, "mistral_instruct", **SIZES, has_image=False)
+    assert ids == official.encode_instruct(request).tokens
+
+
+def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer) -> None:
+    encoded = encode_conversation(turns("Q", "A cat.", "R", "Two."), tokenizer, "mistral_instruct", **SIZES)
+    assert trained(encoded) == [*tokenizer.encode("A cat."), 2, *tokenizer.encode("Two."), 2]
+    assert encoded.tokens[1:] == [
+        label if weight else token
+        for token, label, weight in zip(encoded.tokens[1:], encoded.labels[:-1], encoded.loss_mask[:-1], strict=True)
+    ]
+    assert all(label == 0 for label, weight in zip(encoded.labels, encoded.loss_mask, strict=True) if not weight)
+    assert not encoded.was_cut
+
+
+@pytest.mark.parametrize(
+    ("question", "before", "after"),
+    [
+        ("<image>\nWhat?", "", "What?"),
+        ("What?\n<image>", "What?", ""),
+        ("This\n<image>\nis?", "This", "is?"),
+        ("<image>\n\nWhat?", "", "\nWhat?"),
+        ("Is <image> it?", "Is ", " it?"),
+    ],
+)
+def test_a_picture_stands_where_its_tag_is(tokenizer: Tokenizer, question: str, before: str, after: str) -> None:
+    encoded = encode_conversation(turns(question, "A"), tokenizer, "mistral_instruct", **SIZES)
+    inside = [*tokenizer.encode(before), *PICTURE, *tokenizer.encode(after)]
+    assert whole(encoded) == [1, 3, *inside, 4, *tokenizer.encode("A"), 2]
+    assert encoded.num_images == 1
+
+
+def test_a_system_text_stands_before_the_picture(tokenizer: Tokenizer) -> None:
+    encoded = encode_conversation(turns("<image>\nQ", "A", system="S"), tokenizer, "mistral_instruct", **SIZES)
+    question = [*tokenizer.encode("S\n\n"), *PICTURE, *tokenizer.encode("Q")]
+    assert whole(encoded) == [1, 3, *question, 4, *tokenizer.encode("A"), 2]
+
+
+def test_plain_is_the_picture_and_the_last_answer(tokenizer: Tokenizer) -> None:
+    encoded = encode_conversation(turns("<image>\nDescribe it.", "A cat."), tokenizer, "plain", **SIZES)
+    assert whole(encoded) == [1, *PICTURE, *tokenizer.encode("A cat."), 2]
+    assert trained(encoded) == [*tokenizer.encode("A cat."), 2]
+    two = encode_conversation(turns("<image>\nDescribe it.", "No.", "Do!", "A cat."), tokenizer, "plain", **SIZES)
+    assert two == encoded
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is\n<image>", "What is it?"])
+@pytest.mark.parametrize("has_image", [True, False])
+def test_a_prompt_is_the_head_of_what_is_trained(
+    tokenizer: Tokenizer, template: str, question: str, has_image: bool
+) -> None:
+    if "<image>" in question and not has_image:
+        with pytest.raises(ValueError, match="1 <image> for 0 picture"):
+            encode_prompt(question, tokenizer, template, **SIZES, has_image=False)
+        return
+    prompt = encode_prompt(question, tokenizer, template, **SIZES, has_image=has_image)
+    asked = f"<image>\n{question}" if has_image and "<image>" not in question else question
+    encoded = encode_conversation(turns(asked, "A cat."), tokenizer, template, **SIZES)
+    assert whole(encoded)[: len(prompt)] == prompt
+    assert encoded.loss_mask[: len(prompt)] == [0.0] * (len(prompt) - 1) + [1.0]
+
+
+def test_a_cut_keeps_pictures_whole(tokenizer: Tokenizer) -> None:
+    talk = turns("<image>\nQ", "A", "<image>\nQ", "A")
+    full = encode_conversation(talk, tokenizer, "mistral_instruct", **SIZES)
+    assert len(full.tokens) == 16 and full.num_images == 2
+    results: dict[int, Any] = {}
+    for length in range(1, 18):
+        try:
+            results[length] = encode_conversation(talk, tokenizer, "mistral_instruct", **SIZES, seq_length=length)
+        except ValueError as error:
+            results[length] = str(error)
+    first, second = range(2, 5), range(10, 13)  # places of the pictures
+    for length, result in results.items():
+        cuts = any(place[0] < length <= place[-1] for place in (first, second))
+        if cuts:
+            assert f"seq_length {length} cuts through a picture" in result
+        elif length <= full.loss_mask.index(1.0):
+            assert "nothing to train" in result
+        else:
+            assert result.tokens == full.tokens[:length] and result.labels == full.labels[:length]
+            assert result.num_images == (length > 12) + 1 and result.was_cut == (length < 16)
+
+
+def test_templates_and_control_tokens_are_checked(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"no conversation template 'plane', did you mean 'plain'\?"):
+        encode_conversation(turns("Q", "A"), tokenizer, "plane", **SIZES)
+    with pytest.raises(ValueError, match="2 <image> for 1 picture"):
+        encode_prompt("<image><image>", tokenizer, "plain", **SIZES, has_image=True)
+
+
+def test_ends_that_cannot_be_trained_are_dropped() -> None:
+    rows = [("gpt", "Hi."), ("human", "Q"), ("gpt", "A"), ("human", "And?")]
+    assert read_turns([{"from": who, "value": text} for who, text in rows]) == turns("Q", "A")
+    rows = [("system", "S"), *rows]
+    assert read_turns([{"from": who, "value": text} for who, text in rows]) == turns("Q", "A", system="S")
+
+
+@pytest.mark.parametrize(
+    ("talk", "message"),
+    [
+        (None, "a list of turns, not NoneType"),
+        (["hi"], '{"from": ..., "value": text}'),
+        ([{"from": "human", "value": 3}], '{"from": ..., "value": text}'),
+        ([{"from": "user", "value": "Q"}], "not from 'user'"),
+        ([], "no question with an answer"),
+        ([{"from": "human", "value": "Q"}], "no question with an answer"),
+        ([{"from": "human", "value": "Q"}] * 2 + [{"from": "gpt", "value": "A"}], "do not alternate"),
+        ([{"from": "human", "value": "Q"}, {"from": "gpt", "value": " "}], "an answer is empty"),
+        ([{"from": "human", "value": "Q"}, {"from": "gpt", "value": "a <image>"}], "an answer holds <image>"),
+    ],
+)
+def test_a_conversation_that_is_none_is_refused(talk: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        read_turns(talk)
+    assert message in str(caught.value)
