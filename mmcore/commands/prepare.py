@@ -79,15 +79,15 @@ def show(report: "Report", output: Path) -> None:
     """Print the summary."""
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(str(output)), title_justify="left", show_header=False)
+    table = Table(show_header=False)
     for split, count in report.kept.items():
         table.add_row(f"kept, {split}", str(count))
     for reason, count in report.rejected.most_common():
         table.add_row(f"rejected, {reason}", str(count))
     table.add_row("bytes", f"{report.num_bytes:,}")
     table.add_row("seconds", f"{report.seconds:.1f}")
+    print(output)
     Console().print(table)
     if report.rejected:
         print(f"what was rejected, and why: {output}/rejected.jsonl")

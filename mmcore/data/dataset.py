@@ -3,6 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron.energon import WorkerConfig
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
@@ -51,11 +52,18 @@ def hash_dataset(found: LoadedDatasetList) -> str:
     digest = hashlib.sha256()
     for part in found.datasets:
         folder = Path(str(part.dataset.path))
-        digest.update(json.dumps([part.weight, part.repetitions]).encode())
-        digest.update("".join(f"{shard.name} {shard.count}\n" for shard in part.dataset.shards).encode())
+        shape = [part.weight, part.repetitions, _without_paths(part.dataset.config())]
+        digest.update(json.dumps(shape, sort_keys=True).encode())
         if (folder / SUMS_FILE).is_file():
             digest.update((folder / SUMS_FILE).read_bytes())
         else:  # not one of ours: the samples' sizes
             for shard in part.dataset.shards:
                 digest.update(Path(f"{shard.path}.idx").read_bytes())
     return digest.hexdigest()
+
+
+def _without_paths(config: Any) -> Any:
+    """energon's description of a dataset but for what may change: it marks that by an underscore."""
+    if isinstance(config, dict):
+        return {key: _without_paths(value) for key, value in config.items() if not key.startswith("_")}
+    return [_without_paths(value) for value in config] if isinstance(config, (list, tuple)) else config

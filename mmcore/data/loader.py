@@ -127,7 +127,6 @@ class Loader:
                 # Of torch's, numpy's and Python's global generators, which nothing here draws from.
                 worker.state.rng = None
         content = {
-            "format": 1,
             "fingerprint": asdict(self._fingerprint),
             "tallies": [asdict(tally) for tally in self._tallies],
             "state": to_json(state),
@@ -162,7 +161,8 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers."""
-        if iterator := getattr(self._loader, "_iterator", None):
+        iterator = self._loader._iterator
+        if iterator is not None and self._fingerprint.num_workers:
             iterator._shutdown_workers()
 
     # energon's loader refers to itself, and garbage collection takes its queues apart before its workers

@@ -57,7 +57,7 @@ def test_mistral_has_the_official_ids(
     tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str], system: str
 ) -> None:
     messages = [(AssistantMessage if index % 2 else UserMessage)(content=text) for index, text in enumerate(texts)]
-    request = InstructRequest(messages=messages, system_prompt=system or None)
+    request: Any = InstructRequest(messages=messages, system_prompt=system or None)
     encoded = encode_conversation(turns(*texts, system=system), tokenizer, "mistral_instruct", **SIZES)
     assert whole(encoded) == official.encode_instruct(request).tokens
 
@@ -66,7 +66,7 @@ def test_mistral_has_the_official_ids(
 def test_a_prompt_has_the_official_ids(
     tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str]
 ) -> None:
-    request = InstructRequest(messages=[UserMessage(content=texts[0])])
+    request: Any = InstructRequest(messages=[UserMessage(content=texts[0])])
     ids = encode_prompt(texts[0], tokenizer, "mistral_instruct", **SIZES, has_image=False)
     assert ids == official.encode_instruct(request).tokens
 
