@@ -89,9 +89,8 @@ def test_the_recipe(folder: Path) -> None:
 def test_the_tests_command_itself() -> None:
     """As README has it, with arguments for pytest so that it ends."""
     (line,) = [line for line in commands("Two commands") if "tests/run.sh" in line]
-    done = subprocess.run(
-        f"{line} --collect-only -q tests/test_imports.py", shell=True, cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    short = f"{line} --collect-only -q tests/test_imports.py"
+    done = subprocess.run(short, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and "test_imports.py" in done.stdout, done.stdout + done.stderr
 
 

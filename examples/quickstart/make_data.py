@@ -23,8 +23,7 @@ import numpy as np
 from PIL import Image
 
 GRID = 4  # cells along an edge
-CELL = 16  # pixels along a cell's edge, which is also the vision tower's patch
-SCAN = 14  # pixels along a scan's edge inside its cell; the 2 pixels left are room to wobble
+CELL = 16  # pixels along a cell's edge: twice a scan's, and the vision tower's patch
 NUM_TRAIN_SCANS = 1500  # of 1797
 
 BLANK = "\N{WHITE SQUARE}"  # an empty cell in a written map
@@ -78,7 +77,11 @@ def question(rng: np.random.Generator, layout: Layout) -> tuple[str, str]:
         digit = rng.choice(layout.digits if is_there else absent)
         return f"Is the digit {digit} in the picture?", "yes" if is_there else "no"
     if len(layout.digits) == 1:
-        return ("Where is the digit?", f"in the {corner(layout)}") if kind == 2 else ("Which digit is it?", str(layout.digits[0]))
+        return (
+            ("Where is the digit?", f"in the {corner(layout)}")
+            if kind == 2
+            else ("Which digit is it?", str(layout.digits[0]))
+        )
     if kind == 2:
         return "Are the digits in a row or in a column?", "in a row" if layout.is_row else "in a column"
     place = int(rng.integers(2)) - 1  # 0: first, -1: last
@@ -130,22 +133,23 @@ def split_scans(labels: np.ndarray, seed: int) -> tuple[list[np.ndarray], list[n
 
 
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
-    """Returns uint8 [n, SCAN, SCAN], ink 0 on paper 255, and int [n], the digits."""
+    """Returns uint8 [n, CELL, CELL], ink 0 on paper 255, and int [n], the digits."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     ink = (255 - bunch.images * (255 / 16)).round().astype(np.uint8)  # [n, 8, 8]
-    scans = [np.asarray(Image.fromarray(scan).resize((SCAN, SCAN), Image.Resampling.BILINEAR)) for scan in ink]
+    scans = [np.asarray(Image.fromarray(scan).resize((CELL, CELL), Image.Resampling.BILINEAR)) for scan in ink]
     return np.stack(scans), bunch.target
 
 
-def draw_picture(rng: np.random.Generator, layout: Layout, scans: np.ndarray, by_digit: list[np.ndarray]) -> Image.Image:
-    canvas = np.full((GRID * CELL, GRID * CELL), 255, np.uint8)
+def draw_picture(
+    rng: np.random.Generator, layout: Layout, scans: np.ndarray, by_digit: list[np.ndarray]
+) -> Image.Image:
+    cells = np.full((GRID, CELL, GRID, CELL), 255, np.uint8)
     for digit, cell in zip(layout.digits, layout.cells, strict=True):
         row, column = divmod(cell, GRID)
-        top, left = rng.integers(0, CELL - SCAN + 1, 2) + (row * CELL, column * CELL)
-        canvas[top : top + SCAN, left : left + SCAN] = scans[rng.choice(by_digit[digit])]
-    return Image.fromarray(canvas)
+        cells[row, :, column] = scans[rng.choice(by_digit[digit])]
+    return Image.fromarray(cells.reshape(GRID * CELL, GRID * CELL))
 
 
 def counts(rng: np.random.Generator, total: int, weights: tuple[int, int, int]) -> Iterator[int]:
@@ -181,7 +185,10 @@ def main() -> None:
     def llava(name: str, pairs: list[tuple[str, str]]) -> dict[str, Any]:
         return {"id": Path(name).stem, "image": name, "conversations": conversation(pairs)}
 
-    captions = [llava(name, [(DESCRIBE, caption(layout))]) for name, layout, _ in pictures("train", 1, options.captions, (1, 1, 1))]
+    captions = [
+        llava(name, [(DESCRIBE, caption(layout))])
+        for name, layout, _ in pictures("train", 1, options.captions, (1, 1, 1))
+    ]
     # Three digits are the hardest to get right, so that tuning sees them most.
     instruct = [
         llava(name, turns(rng, layout))
@@ -208,7 +215,8 @@ def main() -> None:
             text = {"caption": caption(layout)} if index % 2 else {"turns": turns(rng, layout)}
             file.write(json.dumps({"map": map_text(layout), **text}, ensure_ascii=False) + "\n")
 
-    print(f"{len(captions)} captions, {len(instruct)} conversations, {len(questions)} held-out pictures in {options.output}")
+    total = len(captions) + len(instruct)
+    print(f"{total} training pictures, {len(questions)} held out, {options.documents} documents in {options.output}")
 
 
 if __name__ == "__main__":

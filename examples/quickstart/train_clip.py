@@ -1,4 +1,4 @@
-"""Train a tiny CLIP with open_clip on the quickstart's pictures and captions, and save it as open_clip's trainer does."""
+"""Train a tiny CLIP with open_clip on the quickstart's captions, and save it as open_clip's own trainer does."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ VISION = CLIPVisionCfg(
 )
 TEXT = CLIPTextCfg(context_length=CONTEXT, width=64, heads=2, layers=2)
 WARMUP = 50  # steps
-BATCH = 128  # pictures, with distinct captions: a repeated one would be called wrong
+BATCH = 64  # pictures, with distinct captions: a repeated one would be called wrong
 
 
 def load_pairs(data: Path, annotations: str) -> tuple[np.ndarray, list[str]]:
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder that make_data.py wrote")
     parser.add_argument("--output", type=Path, required=True, help="file to write, .pt")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -97,10 +97,11 @@ def main() -> None:
         loss = contrast(image, text, scale)
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        if (step + 1) % 50 == 0 or step + 1 == options.steps:
+        if (step + 1) % 100 == 0 or step + 1 == options.steps:
             print(f"CLIP step {step + 1}/{options.steps}, loss {loss.item():.3f}", flush=True)
 
     model.eval()

@@ -31,7 +31,10 @@ WARMUP = 20  # steps
 
 def texts(documents: list[dict[str, Any]]) -> Iterator[str]:
     for document in documents:
-        yield from [document["caption"]] if "caption" in document else sum(document["turns"], [])
+        if "caption" in document:
+            yield document["caption"]
+        for turn in document.get("turns", []):
+            yield from turn
 
 
 def train_tokenizer(documents: list[dict[str, Any]]) -> bytes:

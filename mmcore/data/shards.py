@@ -151,4 +151,3 @@ class ShardWriter:
 def _braces(split: str, count: int) -> str:
     """Names of all shards of a split: energon expands them as a shell does."""
     return f"{split}_000000.tar" if count == 1 else f"{split}_{{000000..{count - 1:06d}}}.tar"
-

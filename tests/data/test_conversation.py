@@ -63,9 +63,7 @@ def test_mistral_has_the_official_ids(
 
 
 @pytest.mark.parametrize("texts", TALKS)
-def test_a_prompt_has_the_official_ids(
-    tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str]
-) -> None:
+def test_a_prompt_has_the_official_ids(tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str]) -> None:
     request: Any = InstructRequest(messages=[UserMessage(content=texts[0])])
     ids = encode_prompt(texts[0], tokenizer, "mistral_instruct", **SIZES, has_image=False)
     assert ids == official.encode_instruct(request).tokens

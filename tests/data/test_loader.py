@@ -186,9 +186,7 @@ def test_text_and_several_rounds(tmp_path: Path, tokenizer: Tokenizer) -> None:
         ({"data_parallel_size": 2, "data_parallel_rank": 1}, "data_parallel_rank was 0 and is 1; data_parallel_size"),
     ],
 )
-def test_a_state_of_another_setup_is_refused(
-    dataset: Path, tokenizer: Tokenizer, change: dict, message: str
-) -> None:
+def test_a_state_of_another_setup_is_refused(dataset: Path, tokenizer: Tokenizer, change: dict, message: str) -> None:
     stream = loader(dataset, tokenizer)
     take(stream, 3)
     state = stream.state_dict()

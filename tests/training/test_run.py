@@ -51,7 +51,7 @@ def inputs(tmp_path_factory: Any) -> Path:
         minloglevel=2,
     )
     (root / "images").mkdir()
-    numbers = "one two three four five six seven eight nine ten".split()
+    numbers = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     rows = []
     for index in range(60):
         Image.new("RGB", (16, 16), (index * 4, 255 - index * 4, 7)).save(root / "images" / f"{index}.png")
