@@ -20,7 +20,7 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """Where this process stands among those that torchrun (or Slurm) started."""
+    """Where this process stands among those that torchrun started."""
 
     rank: int = 0
     local_rank: int = 0

@@ -7,6 +7,7 @@ the CPU. Names are wrapped, not intercepted by a torch-function mode, which woul
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import sys
@@ -54,6 +55,8 @@ def use_host() -> None:
     """Let megatron-core run where it is. Call it before megatron-core is imported; idempotent."""
     quiet()
     if has_cuda():
+        if not any(importlib.util.find_spec(name) for name in ("transformer_engine", "apex")):
+            _replace_adam()
         return
     assert "megatron.core" not in sys.modules, "import mmcore.host and call use_host() before anything of megatron.core"
     _replace_cuda()

@@ -61,7 +61,7 @@ def quickstart_pretrain() -> RunConfig:
     return RunConfig(
         model=ModelConfig(freeze=("vision_model", "language_model")),
         data=DataConfig(conversation="plain", seq_length=128, num_workers=0),
-        train=TrainConfig(steps=300, global_batch_size=32, micro_batch_size=16, precision="fp32"),
+        train=TrainConfig(steps=300, global_batch_size=32, micro_batch_size=32, precision="fp32"),
         optimizer=OptimizerConfig(lr=2e-3, lr_warmup_steps=20),
         checkpoint=CheckpointConfig(save_interval=1000),
     )

@@ -29,12 +29,14 @@ def architecture(**projector: object) -> Architecture:
     return compose(VISION, LANGUAGE, ProjectorArch(**{"ffn_hidden_size": 40, **projector}))
 
 
-def build(parallel: ParallelConfig, seed: int = 5, arch: Architecture | None = None) -> LlavaModel:
+def build(
+    parallel: ParallelConfig, seed: int = 5, arch: Architecture | None = None, dtype: torch.dtype = torch.float32
+) -> LlavaModel:
     """The same weights at every layout: each is drawn whole by its global name, then cut.
 
     Norms and biases are drawn as well: ones and zeros would hide mistakes.
     """
-    model = LlavaModel(arch or architecture(), "local", **base_config(parallel))
+    model = LlavaModel(arch or architecture(), "local", **base_config(parallel, dtype))
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
     for name, parameter in global_parameters(model):
         shape, cut = list(parameter.shape), getattr(parameter, "partition_dim", -1)

@@ -67,7 +67,8 @@ convert() {
 
 train() { # RECIPE START DATA RUN
     spread train "$1" --model.checkpoint "$2" --data.path "$3" --checkpoint.save "$4" \
-        --parallel.tensor-model-parallel-size "$TP" --parallel.pipeline-model-parallel-size "$PP"
+        --parallel.tensor-model-parallel-size "$TP" --parallel.pipeline-model-parallel-size "$PP" \
+        --train.micro-batch-size $((32 / (DP * PP))) # replicas share the 32 samples of a step, stages take turns
 }
 
 evaluate() { # PART CHECKPOINT TASK REFERENCES GENERATE-OPTIONS...: what is generated, and how much of it is exact

@@ -110,7 +110,7 @@ def answer(
     distributed.initialize(parallel, seed=0)
     half = config.precision == "bf16" or (config.precision == "auto" and host.has_cuda())
     dtype = torch.bfloat16 if half else torch.float32
-    model = LlavaModel(architecture, config.backend, **base_config(parallel, dtype)).to(dtype)
+    model = LlavaModel(architecture, config.backend, **base_config(parallel, dtype)).to(host.device(), dtype)
     load_checkpoint(source, model)
     console = Console(stderr=True)
     with Progress(console=console, disable=not (console.is_terminal and distributed.is_main())) as progress:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mmcore import checkpoint as ckpt
-from mmcore import distributed
+from mmcore import distributed, host
 from mmcore.config import RunConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.batch import Batch
@@ -36,9 +36,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     run = Path(config.checkpoint.save)
     distributed.initialize(config.parallel, config.train.seed)
     architecture = replace(architecture, conversation=config.data.conversation or architecture.conversation)
-    model = LlavaModel(
-        architecture, config.model.backend, **base_config(config.parallel, DTYPES[config.train.precision])
-    )
+    dtype = DTYPES[config.train.precision]
+    model = LlavaModel(architecture, config.model.backend, **base_config(config.parallel, dtype))
+    model.to(host.device(), dtype)  # mcore builds the patch and position embeddings on the CPU, in fp32
     model.freeze(config.model.freeze)
     ddp = wrap(model)
     optimizer = build_optimizer(config.optimizer, ddp)

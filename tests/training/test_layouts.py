@@ -127,6 +127,26 @@ def losses(parallel: ParallelConfig, freeze: tuple[str, ...], steps: int) -> lis
     return [value for result in results for value in (result.loss, result.grad_norm)]
 
 
+def bf16_losses(parallel: ParallelConfig) -> list[float]:
+    model = tiny.build(parallel, dtype=torch.bfloat16).to(torch.bfloat16)
+    model.freeze(FREEZES["sft"])
+    ddp = wrap(model)
+    optimizer = build_optimizer(OptimizerConfig(lr=2e-3), ddp)
+    scheduler = build_scheduler(OptimizerConfig(lr=2e-3), optimizer, 10)
+    assert all(group["params"][0].dtype == torch.float32 for group in optimizer.param_groups)  # the masters
+    return [train_step(ddp, optimizer, scheduler, iter(microbatches()), len(microbatches())).loss for _ in range(10)]
+
+
+def test_training_in_bf16() -> None:
+    """Follows fp32 within bf16's three digits, at two layouts."""
+    expected = ranks.run(losses, ParallelConfig(), 1, ParallelConfig(), FREEZES["sft"], 10)[0][::2]
+    for name in ("tp2", "dp2"):
+        layout, world_size = LAYOUTS[name]
+        for result in ranks.run(bf16_losses, layout, world_size, layout):
+            assert result[0] == pytest.approx(expected[0], rel=0.02)
+            assert result[-1] < 0.8 * result[0]
+
+
 @pytest.mark.parametrize("freeze", FREEZES)
 def test_training(freeze: str) -> None:
     """Ten steps of the distributed AdamW, clipped, with every way of freezing, on every layout."""
