@@ -109,7 +109,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_the_quickstart_command(tmp_path: Path) -> None:
-    """All of it, as README has it: its report ends with 1 where a bar is missed. Its folder is the only thing changed."""
+    """All of it, as README has it: its report ends with 1 where a bar is missed."""
     (line,) = [line for line in commands("Two commands") if "quickstart" in line]
     environment = {name: value for name, value in os.environ.items() if name not in ("TP", "PP", "DP", "FRESH")}
     run = tmp_path / "run"
