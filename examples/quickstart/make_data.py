@@ -192,7 +192,7 @@ def main() -> None:
     # Three digits are the hardest to get right, so that tuning sees them most.
     instruct = [
         llava(name, turns(rng, layout))
-        for name, layout, rng in pictures("train", 2, options.conversations, (1, 2, 3), first=options.captions)
+        for name, layout, rng in pictures("train", 2, options.conversations, (2, 2, 3), first=options.captions)
     ]
     coco: dict[str, list[Any]] = {"images": [], "annotations": []}
     questions = []
@@ -210,7 +210,7 @@ def main() -> None:
 
     rng = np.random.default_rng((options.seed, 4))
     with (options.output / "text_train.jsonl").open("w", encoding="utf-8") as file:
-        for index, count in enumerate(counts(rng, options.documents, (1, 2, 3))):
+        for index, count in enumerate(counts(rng, options.documents, (1, 1, 1))):
             layout = draw_layout(rng, count)
             text = {"caption": caption(layout)} if index % 2 else {"turns": turns(rng, layout)}
             file.write(json.dumps({"map": map_text(layout), **text}, ensure_ascii=False) + "\n")

@@ -10,6 +10,7 @@ import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from PIL import Image
+from schedule import learning_rate
 
 CONTEXT = 24  # text tokens; the longest caption has 20
 VISION = CLIPVisionCfg(
@@ -45,12 +46,6 @@ def normalise(pictures: np.ndarray) -> torch.Tensor:
     mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN)[:, None, None]
     std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
     return (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    if step < WARMUP:
-        return peak * (step + 1) / WARMUP
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
 
 
 def draw_batch(rng: np.random.Generator, captions: np.ndarray, size: int) -> np.ndarray:
@@ -91,7 +86,7 @@ def main() -> None:
     contrast = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     for step in range(options.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, WARMUP, options.lr)
         batch = draw_batch(rng, captions, BATCH)
         image, text, scale = model(normalise(pictures[batch]), tokens[batch])
         loss = contrast(image, text, scale)

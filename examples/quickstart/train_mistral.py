@@ -11,7 +11,6 @@ sixteen characters of a map where the sixteen image embeddings will be:
 import argparse
 import io
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ import numpy as np
 import sentencepiece
 import torch
 from make_data import BLANK
+from schedule import learning_rate
 from transformers import MistralConfig, MistralForCausalLM
+from transformers.utils import logging
 
 VOCAB = 384  # 6 special pieces, 256 bytes, 122 of the texts; a multiple of 128 needs no padding
 BOS, EOS, INST, INST_END = 1, 2, 3, 4
@@ -92,12 +93,6 @@ def loss_of(model: MistralForCausalLM, tokens: torch.Tensor, labels: torch.Tenso
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[learned]), wanted[learned])
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    if step < WARMUP:
-        return peak * (step + 1) / WARMUP
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that make_data.py wrote")
@@ -136,7 +131,7 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step in range(options.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, options.lr)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options.steps, WARMUP, options.lr)
         batch = [examples[index] for index in rng.choice(len(examples), options.batch_size, replace=False)]
         loss = loss_of(model, pad([row[0] for row in batch], EOS), pad([row[1] for row in batch], IGNORE_INDEX))
         optimizer.zero_grad()
@@ -146,6 +141,7 @@ def main() -> None:
         if (step + 1) % 100 == 0 or step + 1 == options.steps:
             print(f"Mistral step {step + 1}/{options.steps}, loss {loss.item():.3f}", flush=True)
 
+    logging.disable_progress_bar()  # one file in no time
     shutil.rmtree(options.output, ignore_errors=True)
     model.config.use_cache = True
     model.save_pretrained(options.output)
