@@ -1,5 +1,13 @@
-"""Megatron-core must be mended before any test module imports it."""
+"""Before any test module is imported: one thread a process, and megatron-core mended.
 
-from mmcore import host
+Ranks are forked (tests/ranks.py), and a child of a process that has started OpenMP threads hangs at
+the first parallel loop.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from mmcore import host  # noqa: E402  (torch reads the variable as it is imported)
 
 host.use_host()
