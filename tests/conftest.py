@@ -8,6 +8,6 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from mmcore import host  # noqa: E402  (torch reads the variable as it is imported)
+from mmcore import host  # after the line above: torch reads the variable as it is imported
 
 host.use_host()
