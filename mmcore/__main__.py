@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 
 from mmcore.config import nearest
 from mmcore.constants import EXIT_DONE, EXIT_USAGE
@@ -33,9 +34,12 @@ def main() -> int:
         return importlib.import_module(f"mmcore.commands.{verb}").main(argv)
     except ValueError as error:
         # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
-        # Until the ranks have met they all fail alike, and one of them says it.
         if os.environ.get("RANK", "0") == "0" or "mmcore.distributed" in sys.modules:
             print(f"mmcore {verb}: {error}", file=sys.stderr)
+        else:
+            # Until the ranks have met they all fail alike, and the first says it. The others leave it the
+            # time to: torchrun ends all ranks as soon as one has failed.
+            time.sleep(3)
         return EXIT_USAGE
 
 

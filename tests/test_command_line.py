@@ -96,6 +96,23 @@ def test_layouts_that_do_not_fit_are_refused_without_torch(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
+def test_one_rank_says_what_is_wrong(tmp_path: Path) -> None:
+    """However the ranks race: torchrun ends all of them when the first fails."""
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        "-m",
+        "mmcore",
+        "train",
+        "quickstart_sft",
+    ]
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and done.stderr.count("mmcore train: no data: give --data.path") == 1
+
+
 def test_it_is_quick() -> None:
     """The promise is 0.3 s and 1.5 s; twice as much here, for a busy machine. torch alone takes longer than either."""
     for arguments, bar in ((["--help"], 0.6), (["train", "quickstart_sft", "--optimizer.lr", "-1"], 3.0)):
