@@ -34,12 +34,10 @@ def main() -> int:
         return importlib.import_module(f"mmcore.commands.{verb}").main(argv)
     except ValueError as error:
         # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
-        if os.environ.get("RANK", "0") == "0" or "mmcore.distributed" in sys.modules:
-            print(f"mmcore {verb}: {error}", file=sys.stderr)
-        else:
-            # Until the ranks have met they all fail alike, and the first says it. The others leave it the
-            # time to: torchrun ends all ranks as soon as one has failed.
+        # What all ranks find the first one says alone: torchrun ends the others as soon as it has failed.
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(3)
+        print(f"mmcore {verb}: {error}", file=sys.stderr)
         return EXIT_USAGE
 
 
