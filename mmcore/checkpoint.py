@@ -59,7 +59,9 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any = None) -> dict[str
         raise ValueError(f"{folder} is damaged: {'; '.join(shared[0])}. Take another checkpoint, or convert it again")
     state = _sharded(model, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder))
-    _unwrapped(model).load_state_dict(loaded["model"], strict=False)
+    missing, unexpected = _unwrapped(model).load_state_dict(loaded["model"], strict=False)
+    missing = [key for key in missing if not key.endswith("_extra_state")]  # left out on purpose, see _sharded
+    assert not missing and not unexpected, f"missing {missing}, unexpected {unexpected}"
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
     run = folder / RUN_FILE
@@ -96,7 +98,7 @@ def save_checkpoint(
         folder.mkdir()
         save_architecture(architecture, folder)
         shutil.copytree(tokenizer, folder / TOKENIZER_DIR)
-        (folder / RUN_FILE).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        (folder / RUN_FILE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
     dist.barrier()
     if loader_state is not None:
         loader_file(folder, distributed.data_parallel_rank()).write_bytes(loader_state)

@@ -1,8 +1,5 @@
 """Names and numbers that more than one room needs."""
 
-# Label of a position that is not trained; torch's cross entropy and LLaVA use the same value.
-IGNORE_INDEX = -100
-
 # The placeholder that LLaVA's JSON files carry where a picture belongs.
 IMAGE_TAG = "<image>"
 

@@ -77,8 +77,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                 optimizer=optimizer,
                 architecture=architecture,
                 tokenizer=source / TOKENIZER_DIR,
-                state={**state, "data_parallel_size": distributed.data_parallel_size(), "config": asdict(config)}
-                | {"step": step},
+                state={**state, "data_parallel_size": distributed.data_parallel_size(), "config": asdict(config)},
                 loader_state=batches.state(),
                 keep_last=config.checkpoint.keep_last,
             )
