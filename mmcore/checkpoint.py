@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from mmcore import distributed
 from mmcore.constants import TOKENIZER_DIR
-from mmcore.models.presets import Architecture, checkpoints, save_architecture
+from mmcore.models.architecture import Architecture, checkpoints, save_architecture
 
 from megatron.core import dist_checkpointing  # isort: skip  (after mmcore.distributed, which mends it)
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
@@ -44,7 +44,7 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any = None) -> dict[str
     """Load weights, and the optimizer's state where one is given, at any layout.
 
     Args:
-        folder: a checkpoint, as `presets.newest` returns it.
+        folder: a checkpoint, as `architecture.newest` returns it.
         model: `LlavaModel` or its DDP wrapper.
         optimizer: megatron-core's, or None for the weights alone.
     Returns:

@@ -18,6 +18,10 @@ MODULES = (VISION_MODEL, VISION_PROJECTION, LANGUAGE_MODEL)
 CLIP_IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Of SigLIP and SigLIP 2 (transformers, SiglipImageProcessor).
+SIGLIP_IMAGE_MEAN = (0.5, 0.5, 0.5)
+SIGLIP_IMAGE_STD = (0.5, 0.5, 0.5)
+
 # A checkpoint folder: the architecture, the tokenizer's files, and torch_dist's own files.
 MODEL_FILE = "model.json"
 TOKENIZER_DIR = "tokenizer"

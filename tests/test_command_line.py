@@ -10,7 +10,7 @@ import yaml
 
 from mmcore.commands.train import as_yaml, parse
 from mmcore.config import RunConfig, TrainConfig, merge
-from mmcore.models.presets import save_architecture
+from mmcore.models.architecture import save_architecture
 from mmcore.recipes import RECIPES
 from tests import tiny
 

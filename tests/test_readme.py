@@ -23,7 +23,7 @@ SMALLER = {
     "train": "--model.vision '' --model.language '' --parallel.tensor-model-parallel-size 2 --train.steps 2 "
     "--train.global-batch-size 4 --train.precision fp32 --optimizer.lr-warmup-steps 1 --data.num-workers 0",
     "generate": "--max-new-tokens 4 --tensor-model-parallel-size 2",
-    "clip.py": "--num-attention-heads 4",
+    "clip.py": "--num-attention-heads 4 --activation quick_gelu",
 }
 
 

@@ -8,8 +8,9 @@ from megatron.core import parallel_state
 
 from mmcore.config import ParallelConfig
 from mmcore.data.batch import Batch, EncodedSample, collate
+from mmcore.models.architecture import Architecture, LanguageArch, ProjectorArch, VisionArch
 from mmcore.models.llava import LlavaModel, base_config
-from mmcore.models.presets import Architecture, LanguageArch, ProjectorArch, VisionArch, compose
+from mmcore.models.presets import compose
 
 VISION = VisionArch(num_layers=3, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, image_size=16, patch_dim=8)
 LANGUAGE = LanguageArch(

@@ -61,7 +61,7 @@ prepare() {
 convert() {
     local converted=$OUT/converted
     python tools/converters/clip.py --input "$OUT/towers/clip.pt" --output "$converted/vision" \
-        --num-attention-heads 4 --overwrite
+        --num-attention-heads 4 --activation quick_gelu --overwrite
     python tools/converters/mistral.py --input "$OUT/towers/mistral" --output "$converted/language" --overwrite
     python tools/converters/combine.py --vision "$converted/vision" --language "$converted/language" \
         --projector mlp2x_gelu --output "$converted/llava" --overwrite

@@ -12,7 +12,7 @@ import tyro
 from mmcore.config import ParallelConfig
 from mmcore.constants import EXIT_DONE, TOKENIZER_DIR
 from mmcore.evaluation.task import TASKS, Example, load_task
-from mmcore.models.presets import Architecture, check_layout, load_architecture, newest
+from mmcore.models.architecture import Architecture, check_layout, load_architecture, newest
 
 if TYPE_CHECKING:
     from mmcore.inference.generator import Prompt

@@ -11,7 +11,8 @@ import yaml
 
 from mmcore.config import RunConfig, load_yaml, merge, nearest
 from mmcore.constants import EXIT_DONE
-from mmcore.models.presets import Architecture, check_layout, resolve_architecture
+from mmcore.models.architecture import Architecture, check_layout
+from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
 
 

@@ -20,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 class CoreAttention(MegatronModule):
     """Drop-in for `DotProductAttention` and, where they overlap, for `TEDotProductAttention`.
 
-    Grouped queries, causal and bidirectional masks, a key-value cache, packed sequences.
+    Grouped queries, causal, bidirectional and sliding-window masks, a key-value cache, packed sequences.
     """
 
     def __init__(
@@ -38,6 +38,8 @@ class CoreAttention(MegatronModule):
         assert config.attention_dropout == 0.0, "attention dropout is not part of these models"
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
+        # mcore counts the tokens to the left of a token; here the token itself is one of the window's.
+        self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
         self,
@@ -69,8 +71,7 @@ class CoreAttention(MegatronModule):
         if attention_mask is not None:
             context = self._attend(query, key, value, attn_mask=~attention_mask)
         else:
-            # One query is the newest of a cache: it may see every key.
-            context = self._attend(query, key, value, is_causal=causal and query.shape[2] > 1)
+            context = self._attend(query, key, value, **self._mask(query, key, causal))
         return context.permute(2, 0, 1, 3).flatten(2)  # [sq, b, np * hn]
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
@@ -78,8 +79,21 @@ class CoreAttention(MegatronModule):
         causal = self.attn_mask_type == AttnMaskType.causal
         lengths = packed.cu_seqlens_q.diff().tolist()
         segments = zip(*(part.transpose(0, 1).split(lengths, dim=1) for part in (query, key, value)), strict=True)
-        contexts = [self._attend(*(part[None] for part in segment), is_causal=causal)[0] for segment in segments]
+        contexts = []
+        for segment in segments:
+            query_, key_, value_ = (part[None] for part in segment)  # [1, heads, s, hn]
+            contexts.append(self._attend(query_, key_, value_, **self._mask(query_, key_, causal))[0])
         return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)  # [t, np * hn]
+
+    def _mask(self, query: Tensor, key: Tensor, causal: bool) -> dict[str, Any]:
+        """How torch is told what a query may see: the queries are the newest of the keys."""
+        queries, keys = query.shape[2], key.shape[2]
+        if not causal or self.window is None or keys <= self.window:
+            # One query is the newest of a cache: it may see every key.
+            return {"is_causal": causal and queries > 1}
+        position = torch.arange(keys, device=key.device)
+        distance = position[keys - queries :, None] - position  # [sq, sk]
+        return {"attn_mask": (distance >= 0) & (distance < self.window)}
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
         """[b, np, sq, hn] from heads-first tensors."""

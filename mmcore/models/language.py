@@ -10,7 +10,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, finfo
 
-from mmcore.models.presets import LanguageArch
+from mmcore.models.architecture import LanguageArch
+from mmcore.models.rotary import ScaledRotaryEmbedding
 from mmcore.models.specs import Backend, layer_spec
 
 
@@ -29,10 +30,10 @@ class LanguageModel(GPTModel):
             post_process=post_process,
             share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
             position_embedding_type="rope",
-            rotary_base=arch.rotary_base,
             scatter_embedding_sequence_parallel=False,
         )
         self.arch = arch
+        self.rotary_pos_emb = ScaledRotaryEmbedding(arch, config.use_cpu_initialization)
 
     def forward(
         self,
@@ -99,6 +100,9 @@ def language_config(arch: LanguageArch, **base: Any) -> TransformerConfig:
         layernorm_epsilon=arch.layernorm_epsilon,
         normalization="RMSNorm",
         add_bias_linear=False,
+        add_qkv_bias=arch.add_qkv_bias,
+        # mcore counts the tokens before a token, Hugging Face the token itself as well.
+        window_size=None if arch.sliding_window is None else (arch.sliding_window - 1, 0),
         gated_linear_unit=True,
         activation_func=F.silu,
         # mcore's fused SwiGLU is jitted for GPUs; on the CPU the jit is off and it is plain torch.

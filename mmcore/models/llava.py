@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmcore import host
 from mmcore.config import ParallelConfig
+from mmcore.models.architecture import Architecture
 from mmcore.models.language import LanguageModel, language_config
-from mmcore.models.presets import Architecture
 from mmcore.models.projector import build_projector
 from mmcore.models.specs import resolve_backend
 from mmcore.models.splice import splice

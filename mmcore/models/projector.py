@@ -5,7 +5,7 @@ from typing import Any
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mmcore.models.presets import Architecture
+from mmcore.models.architecture import Architecture
 from mmcore.models.specs import ACTIVATIONS, Backend, mlp_submodules
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from mmcore.models.presets import VisionArch
+from mmcore.models.architecture import VisionArch
 from mmcore.models.specs import ACTIVATIONS, Backend, layer_spec, norm
 
 
@@ -37,12 +37,19 @@ class VisionModel(CLIPViTModel):
             config,
             layer_spec(backend, AttnMaskType.no_mask, VisionLayer, num_layers_run=arch.num_layers_run),
             ln_pre_impl=norm(backend),
+            ln_post_impl=norm(backend),
+            add_class_token=arch.has_class_token,
+            class_token_len=int(arch.has_class_token),
             patch_dim=arch.patch_dim,
-            img_h=arch.image_size,
-            img_w=arch.image_size,
+            # Pixels that fill no patch are never seen; mcore asserts that there are none.
+            img_h=arch.image_size // arch.patch_dim * arch.patch_dim,
+            img_w=arch.image_size // arch.patch_dim * arch.patch_dim,
             model_subtype=arch.model_subtype,
         )
         self.arch = arch
+        # Features are taken before the norm after the last layer, as LLaVA takes them. Kept like the
+        # layers above them, so that a tower leaves as whole as it came.
+        self.ln_post = norm(backend)(config, arch.hidden_size, arch.layernorm_epsilon).requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """See.
@@ -54,8 +61,18 @@ class VisionModel(CLIPViTModel):
         """
         # Frozen, the tower needs no graph; mcore's block would otherwise start one at its input.
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
-            features = super().forward(self.normalized(images))  # [n, class token and patches, h]
-        return features[:, self.class_token_len :] if self.arch.drop_class_token else features
+            features = self.decoder(self.embedded(images), None).transpose(0, 1)  # [n, class token and patches, h]
+        return features[:, 1:] if self.arch.has_class_token and self.arch.drop_class_token else features
+
+    def embedded(self, images: Tensor) -> Tensor:
+        """What the first layer sees, sequence first: [class token and patches, n, h]."""
+        patches = self.conv1(self.normalized(images)).flatten(2).transpose(1, 2)  # [n, patches, h]
+        if self.arch.has_class_token:
+            patches = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
+        embedded = patches + self.position_embeddings.weight
+        if self.ln_pre is not None:
+            embedded = self.ln_pre(embedded)
+        return embedded.transpose(0, 1).contiguous()
 
     def normalized(self, images: Tensor) -> Tensor:
         """Pixels in the tower's dtype; bytes are scaled to 0..1, then by the tower's mean and deviation."""

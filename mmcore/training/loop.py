@@ -14,8 +14,8 @@ from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.batch import Batch
 from mmcore.data.loader import build_train_loader
 from mmcore.data.tokenizer import load_tokenizer
+from mmcore.models.architecture import Architecture, checkpoints, newest
 from mmcore.models.llava import LlavaModel, base_config
-from mmcore.models.presets import Architecture, checkpoints, newest
 from mmcore.training.metrics import Metrics
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step

@@ -13,9 +13,10 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmcore.config import ParallelConfig
+from mmcore.constants import VOCAB_DIVISOR
+from mmcore.models.architecture import Architecture
 from mmcore.models.language import language_config
 from mmcore.models.llava import base_config
-from mmcore.models.presets import VOCAB_DIVISOR, Architecture
 from mmcore.models.specs import layer_spec, mlp_submodules
 from mmcore.models.splice import splice
 from mmcore.models.vision import vision_config
@@ -69,7 +70,8 @@ def against_oracle(layout: ParallelConfig) -> tuple[float, float, float, float]:
     ours = tiny.build(layout, arch=ORACLE)
     theirs = oracle_model(layout, ORACLE)
     missing, unexpected = theirs.load_state_dict(ours.state_dict(), strict=False)
-    assert not [key for key in missing if "_extra_state" not in key] and not unexpected
+    assert not [key for key in missing if "_extra_state" not in key]
+    assert not [key for key in unexpected if "ln_post" not in key]  # kept for the way out, never run
 
     size, image = 3, ORACLE.vision.num_image_embeddings
     random = torch.Generator().manual_seed(0)
@@ -93,8 +95,9 @@ def against_oracle(layout: ParallelConfig) -> tuple[float, float, float, float]:
     our_loss.backward()
     worst = 0.0
     others = dict(theirs.named_parameters())
-    assert others.keys() == dict(ours.named_parameters()).keys()
-    for name, mine in ours.named_parameters():
+    mine_by_name = {name: mine for name, mine in ours.named_parameters() if "ln_post" not in name}
+    assert others.keys() == mine_by_name.keys()
+    for name, mine in mine_by_name.items():
         other = others[name]
         assert (mine.grad is None) == (other.grad is None), name
         if mine.grad is not None:

@@ -6,17 +6,9 @@ import pytest
 import torch
 
 from mmcore.config import ModelConfig, ParallelConfig
+from mmcore.models.architecture import check_layout, load_architecture, save_architecture
 from mmcore.models.llava import LlavaModel, base_config
-from mmcore.models.presets import (
-    LANGUAGE,
-    PROJECTOR,
-    VISION,
-    check_layout,
-    compose,
-    load_architecture,
-    resolve_architecture,
-    save_architecture,
-)
+from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION, compose, resolve_architecture
 from tests import ranks, tiny
 
 
@@ -32,11 +24,11 @@ def test_published_parameter_counts() -> None:
     """Mistral-7B-v0.3: 7,248,023,552 (the safetensors index of its model card).
 
     CLIP ViT-L/14@336: 304,293,888 in OpenAI's visual tower, less what LLaVA drops on purpose: the
-    projection into the contrastive space (1024 x 768) and ln_post (2 x 1024).
+    projection into the contrastive space (1024 x 768).
     """
     counted = ranks.run(count, ParallelConfig(), 1)[0]
     assert counted["language_model"] == 7_248_023_552
-    assert counted["vision_model"] == 304_293_888 - 1024 * 768 - 2 * 1024
+    assert counted["vision_model"] == 304_293_888 - 1024 * 768
     assert counted["vision_projection"] == 1024 * 14336 + 14336 * 4096
 
 
@@ -51,8 +43,9 @@ def test_architecture_survives_its_file(tmp_path: Path) -> None:
     [
         ("{", "cannot be read as JSON"),
         ("[]", "not a model description of this version"),
-        ('{"format": 1, "vision": {"layers": 3}}', "unexpected keyword argument 'layers'"),
-        ('{"format": 1, "colour": "red"}', "unexpected keyword argument 'colour'"),
+        ('{"format": 1}', "its format is 1.: convert the weights again"),
+        ('{"format": 2, "vision": {"layers": 3}}', "unexpected keyword argument 'layers'"),
+        ('{"format": 2, "colour": "red"}', "unexpected keyword argument 'colour'"),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str, message: str) -> None:

@@ -17,8 +17,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from mmcore import checkpoint
 from mmcore.config import ParallelConfig
+from mmcore.models.architecture import load_architecture
 from mmcore.models.llava import LlavaModel, base_config
-from mmcore.models.presets import load_architecture
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +68,17 @@ def towers(tmp_path_factory: Any) -> tuple[Path, Any, Any]:
         )
     )
     mistral.save_pretrained(folder / "mistral")
-    convert("clip", "--input", folder / "clip.pt", "--output", folder / "vision", "--num-attention-heads", 4)
+    convert(
+        "clip",
+        "--input",
+        folder / "clip.pt",
+        "--output",
+        folder / "vision",
+        "--num-attention-heads",
+        4,
+        "--activation",
+        "quick_gelu",
+    )
     convert("mistral", "--input", folder / "mistral", "--output", folder / "language")
     convert("combine", "--vision", folder / "vision", "--language", folder / "language", "--output", folder / "model")
     return folder / "model", clip, mistral

@@ -12,7 +12,7 @@ from combine import CombineConfig, convert
 from torch import Tensor
 
 from mmcore.config import ParallelConfig
-from mmcore.models.presets import load_architecture
+from mmcore.models.architecture import load_architecture
 from tests import ranks
 
 State = dict[str, Tensor]
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture
 def towers(tmp_path: Path, clip_file: Path, mistral_folder: Path) -> CombineConfig:
-    clip.convert(clip.ClipConfig(input=clip_file, output=tmp_path / "vision", head_width=16))
+    clip.convert(clip.ClipConfig(input=clip_file, output=tmp_path / "vision", head_width=16, activation="quick_gelu"))
     (mistral_folder / "tokenizer_config.json").write_text("{}")
     mistral.convert(mistral.MistralConfig(input=mistral_folder, output=tmp_path / "language"))
     return CombineConfig(vision=tmp_path / "vision", language=tmp_path / "language", output=tmp_path / "model")

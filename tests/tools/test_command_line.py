@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from mmcore.constants import EXIT_DONE, EXIT_USAGE
-from mmcore.models.presets import load_architecture
+from mmcore.models.architecture import load_architecture
 
 ROOT = Path(__file__).parents[2]
 CONVERTERS = ROOT / "tools" / "converters"
@@ -22,13 +22,13 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_from_weights_to_a_model(clip_file: Path, mistral_folder: Path) -> None:
     folder = clip_file.parent
     for command in (
-        f"{CONVERTERS}/clip.py --input clip.pt --output vision --head-width 16",
+        f"{CONVERTERS}/clip.py --input clip.pt --output vision --head-width 16 --activation quick_gelu",
         f"{CONVERTERS}/mistral.py --input hf --output language",
         f"{CONVERTERS}/combine.py --vision vision --language language --output model --seed 7",
     ):
         result = run(folder, *command.split())
         assert (result.returncode, result.stderr) == (EXIT_DONE, ""), result.stderr
-    assert result.stdout.startswith(f"wrote model: {17 + 9 + 4} tensors")
+    assert result.stdout.startswith(f"wrote model: {19 + 9 + 4} tensors")
     assert load_architecture(folder / "model").image_token_id == 150
 
 
@@ -47,7 +47,7 @@ def test_ended_in_the_middle_it_leaves_nothing(clip_file: Path) -> None:
         "import clip\n"
         "from checkpoint_folder import StoredTensor\n"
         "StoredTensor.read = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "sys.argv = 'clip.py --input clip.pt --output vision --head-width 16'.split()\n"
+        "sys.argv = 'clip.py --input clip.pt --output vision --head-width 16 --activation quick_gelu'.split()\n"
         "sys.exit(clip.run(clip.ClipConfig, clip.convert))\n"
     )
     result = run(clip_file.parent, "-c", script)

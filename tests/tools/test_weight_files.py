@@ -127,7 +127,7 @@ def write_index(folder: Path, places: dict[str, str]) -> None:
 def test_shards(tmp_path: Path) -> None:
     write_index(tmp_path, write_shards(tmp_path))
     check(tmp_path)
-    assert [source["file"] for source in open_folder(tmp_path).sources()] == sorted(write_shards(tmp_path).values())
+    assert [path.name for path in open_folder(tmp_path).files] == sorted(write_shards(tmp_path).values())
 
 
 def test_shards_behind_links(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 
 from mmcore import checkpoint, distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
-from mmcore.models.presets import checkpoints
+from mmcore.models.architecture import checkpoints
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
 from tests import ranks, tiny

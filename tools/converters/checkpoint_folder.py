@@ -51,6 +51,8 @@ class StoredTensor:
     chunks: tuple[Callable[[], Tensor], ...]
     is_stacked: bool
     """Whether the chunks are layers, on a first axis that `shape` lacks; else the one chunk is all."""
+    origins: tuple[str, ...] = ()
+    """For the plan: what each chunk is made of."""
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -75,8 +77,9 @@ class StoredTensor:
 class _StreamingPlanner(dcp.DefaultSavePlanner):
     """Saves a dict of StoredTensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_bytes: Callable[[int], None]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.on_bytes = on_bytes
 
     def create_local_plan(self) -> SavePlan:
         items = []
@@ -90,12 +93,18 @@ class _StreamingPlanner(dcp.DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self.state_dict[write_item.index.fqn].read(write_item.index.index)
+        tensor = self.state_dict[write_item.index.fqn].read(write_item.index.index)
+        self.on_bytes(tensor.nbytes)
+        return tensor
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, StoredTensor]) -> None:
+def write_checkpoint(
+    folder: Path, tensors: dict[str, StoredTensor], on_bytes: Callable[[int], None] = lambda count: None
+) -> None:
     """Write the distributed checkpoint into an existing folder.
 
+    Args:
+        on_bytes: told the bytes of every tensor as it is written.
     Raises:
         Exception: whatever reading a tensor or writing the file raised.
     """
@@ -104,7 +113,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, StoredTensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.save(tensors, storage_writer=writer, planner=_StreamingPlanner(), no_dist=True)
+            dcp.save(tensors, storage_writer=writer, planner=_StreamingPlanner(on_bytes), no_dist=True)
         except CheckpointException as error:  # a BaseException around the one that matters
             raise next(iter(error.failures.values()))[0] from None
     torch.save({}, folder / "common.pt")  # mcore's place for what is not a tensor
@@ -181,6 +190,7 @@ def stored_tensors(folder: Path, module: str) -> dict[str, StoredTensor]:
                 for layer in range(stored.size[0] if stacked else 1)
             ),
             is_stacked=stacked,
+            origins=tuple(f"{folder.name}" for _ in range(stored.size[0] if stacked else 1)),
         )
         found[key] = tensor
     if not found:

@@ -1,50 +1,72 @@
-"""How rows of weights are ordered: the few operations that turn one layout into the other.
+"""How rows of weights are ordered: the few rearrangements between one library's layout and another's.
 
-All are plain torch and shape-only, so that they run on meta tensors too.
+Each goes both ways, so that one table imports and exports, and is plain torch and shape-only, so that
+it runs on meta tensors too.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def keep(tensor: Tensor) -> Tensor:
-    """The same on both sides."""
-    return tensor
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A rearrangement and its inverse, which gives back every bit."""
+
+    name: str
+    """For the plan that --dry-run prints."""
+    pack: Callable[..., Tensor]
+    """From the source's tensors to mcore's one."""
+    unpack: Callable[[Tensor], tuple[Tensor, ...]]
+    """From mcore's tensor to the source's."""
 
 
-def stack_rows(*parts: Tensor) -> Tensor:
-    """Put matrices below each other: gate [f, h] and up [f, h] -> [2f, h], as mcore stores a SwiGLU."""
-    return torch.cat(parts)
+keep = Layout("as it is", lambda tensor: tensor, lambda tensor: (tensor,))
+
+# A vector as a sequence of one: [h] <-> [1, 1, h].
+as_token = Layout("as a sequence of one", lambda vector: vector.view(1, 1, -1), lambda token: (token.view(-1),))
+
+# Matrices below each other: gate [f, h] and up [f, h] <-> [2f, h], as mcore stores a SwiGLU.
+stack_rows = Layout("gate above up", lambda *parts: torch.cat(parts), lambda whole: whole.chunk(2))
 
 
-def group_qkv(query: Tensor, key: Tensor, value: Tensor, *, num_query_groups: int) -> Tensor:
+def group_qkv(num_attention_heads: int, num_query_groups: int) -> Layout:
     """Fuse the projections group by group: the query heads of a group, its key, its value.
 
     mcore cuts the rows between tensor ranks, and this keeps every group whole on one of them. Channels
     within a head stay in place: mcore's rotation pairs them as Hugging Face's does (rotary_interleaved
     is False).
 
-    Args:
-        query: weight [heads * channels, h] or bias [heads * channels].
-        key, value: likewise, with num_query_groups heads.
-    Returns:
-        [(heads + 2 * num_query_groups) * channels, h], or without h.
+    Query [heads * channels, h] (or, of a bias, without h), key and value likewise with
+    num_query_groups heads <-> [(heads + 2 * num_query_groups) * channels, h].
     """
-    parts = [part.unflatten(0, (num_query_groups, -1)) for part in (query, key, value)]  # [g, rows of a group, h]
-    return torch.cat(parts, 1).flatten(0, 1)
+    per_group = num_attention_heads // num_query_groups
+
+    def pack(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = [part.unflatten(0, (num_query_groups, -1)) for part in (query, key, value)]  # [g, rows of a group, h]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+        heads = qkv.unflatten(0, (num_query_groups, per_group + 2, -1))  # [g, heads of a group, channels, h]
+        return tuple(part.flatten(0, 2) for part in heads.split([per_group, 1, 1], dim=1))
+
+    return Layout("query, key and value by group", pack, unpack)
 
 
-def group_stacked_qkv(qkv: Tensor, *, num_attention_heads: int) -> Tensor:
+def group_stacked_qkv(num_attention_heads: int) -> Layout:
     """`group_qkv` of what torch's MultiheadAttention holds: [all queries; all keys; all values], 3h rows."""
-    return group_qkv(*qkv.chunk(3), num_query_groups=num_attention_heads)
+    grouped = group_qkv(num_attention_heads, num_attention_heads)
+    return Layout(grouped.name, lambda qkv: grouped.pack(*qkv.chunk(3)), lambda qkv: (torch.cat(grouped.unpack(qkv)),))
 
 
-def pad_rows(tensor: Tensor, *, rows: int) -> Tensor:
-    """Add rows of zeros at the end of a matrix: [v, h] -> [rows, h]."""
-    return F.pad(tensor, (0, 0, 0, rows - len(tensor)))
-
-
-def as_token(vector: Tensor) -> Tensor:
-    """A vector as a sequence of one: [h] -> [1, 1, h]."""
-    return vector.view(1, 1, -1)
+def pad_rows(rows: int, padded_rows: int) -> Layout:
+    """Rows of zeros at the end of a matrix: [rows, h] <-> [padded_rows, h]."""
+    padding = padded_rows - rows
+    if not padding:
+        return keep
+    return Layout(
+        f"with {padding} rows of zeros", lambda table: F.pad(table, (0, 0, 0, padding)), lambda table: (table[:rows],)
+    )

@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,24 @@ class Weights:
     headers: dict[str, Header]
     read: Callable[[str], Tensor]
 
-    def sources(self) -> tuple[dict[str, str], ...]:
-        """`Architecture.sources`: names and hashes of the files."""
-        return tuple({"file": path.name, "sha256": sha256(path)} for path in self.files)
+    def renamed(self, rename: Callable[[str], str | None]) -> "Weights":
+        """The same tensors by other names; those that `rename` maps to None are left out.
+
+        Raises:
+            ValueError: two tensors would get the same name.
+        """
+        names: dict[str, str] = {}
+        for name in self.headers:
+            new = rename(name)
+            if new in names:
+                raise ValueError(f"{self.name}: {names[new]} and {name} are two names of one tensor")
+            if new is not None:
+                names[new] = name
+        return replace(
+            self,
+            headers={new: self.headers[name] for new, name in names.items()},
+            read=lambda new: self.read(names[new]),
+        )
 
 
 def sha256(path: Path) -> str:

@@ -1,0 +1,269 @@
+"""What a model is, as data: the architecture that `model.json` holds beside the weights.
+
+Imports no torch: converters, the command line and the planner read it in milliseconds.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mmcore.config import ParallelConfig
+from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, MODEL_FILE, VOCAB_DIVISOR
+
+# Of model.json. 2: the norm after a vision tower's last layer is kept.
+FORMAT = 2
+
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "silu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionArch:
+    """A vision transformer as mcore's `CLIPViTModel` builds it."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    image_size: int
+    """Height and width of the square input, in pixels (mcore's img_h and img_w)."""
+    patch_dim: int
+    """Height and width of a patch, in pixels."""
+    model_subtype: Literal["clip", "siglip"] = "clip"
+    """"clip" has a class token and a norm before its layers, "siglip" neither, but a bias on its patches."""
+    activation: Activation = "quick_gelu"
+    layernorm_epsilon: float = 1e-5
+    feature_layer: int = -2
+    """Which hidden state feeds the projector: -1 is the last layer's, -2 the one before it."""
+    drop_class_token: bool = True
+    """Whether the features leave out the class token, where there is one."""
+    image_mean: tuple[float, float, float] = CLIP_IMAGE_MEAN
+    image_std: tuple[float, float, float] = CLIP_IMAGE_STD
+
+    def __post_init__(self) -> None:
+        # SigLIP's so400m has 384 pixels in patches of 14: six at the right and the bottom are never seen.
+        if self.image_size < self.patch_dim or (self.image_size % self.patch_dim and self.model_subtype == "clip"):
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_dim {self.patch_dim}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"vision hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if not -self.num_layers <= self.feature_layer <= -1:
+            raise ValueError(f"feature_layer {self.feature_layer} must lie between -{self.num_layers} and -1")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_dim) ** 2
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.model_subtype == "clip"
+
+    @property
+    def num_positions(self) -> int:
+        """Rows of the position embeddings."""
+        return self.num_patches + self.has_class_token
+
+    @property
+    def num_image_embeddings(self) -> int:
+        """Embeddings that one image puts into the language model's sequence."""
+        return self.num_patches + (self.has_class_token and not self.drop_class_token)
+
+    @property
+    def num_layers_run(self) -> int:
+        """Layers whose output is needed; the ones above `feature_layer` are kept but never run."""
+        return self.num_layers + 1 + self.feature_layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectorArch:
+    """What carries vision features into the language model's width (mcore's `MultimodalProjector`)."""
+
+    projector_type: Literal["mlp", "affine"] = "mlp"
+    ffn_hidden_size: int = 0
+    """Width between the two layers of "mlp"; unused (0) by "affine"."""
+    add_bias_linear: bool = True
+    activation: Activation = "gelu"
+
+    def __post_init__(self) -> None:
+        if (self.projector_type == "mlp") != (self.ffn_hidden_size > 0):
+            raise ValueError(
+                f"projector_type {self.projector_type!r} with ffn_hidden_size {self.ffn_hidden_size}: "
+                "an mlp needs a positive width and an affine projector has none"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RotaryScaling:
+    """How rotary frequencies are stretched for sequences longer than those of the pretraining."""
+
+    rope_type: Literal["linear", "dynamic", "llama3"]
+    """Hugging Face's names: all frequencies alike; NTK by the sequence's length; LLaMA 3.1's by wavelength."""
+    factor: float
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_position_embeddings / low_freq_factor are stretched in full."""
+    high_freq_factor: float = 4.0
+    """llama3: those below original_max_position_embeddings / high_freq_factor are not; between, in part."""
+    original_max_position_embeddings: int = 8192
+    """llama3: positions of the pretraining."""
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"the factor of rotary scaling must be at least 1, not {self.factor}")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be above 0 and below high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageArch:
+    """A decoder-only language model as mcore's `GPTModel` builds it: RMSNorm, SwiGLU, RoPE."""
+
+    model_type: Literal["llama", "mistral", "qwen2"] = "mistral"
+    """Hugging Face's name of the family, under which the model leaves; the layers do not depend on it."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key-value heads."""
+    kv_channels: int
+    """Channels of one head."""
+    vocab_size: int
+    """Rows of the tokenizer, unpadded."""
+    max_position_embeddings: int
+    rotary_base: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself included; all before it if None."""
+    add_qkv_bias: bool = False
+    layernorm_epsilon: float = 1e-5
+    share_embeddings_and_output_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, or null for none, not {self.sliding_window}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables; the padding is never looked up and never predicted."""
+        return -(-self.vocab_size // VOCAB_DIVISOR) * VOCAB_DIVISOR
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A whole model or one of its towers, as `model.json` holds it."""
+
+    vision: VisionArch | None = None
+    vision_projection: ProjectorArch | None = None
+    language: LanguageArch | None = None
+    image_token_id: int | None = None
+    """Token that stands for one image embedding: no text can make it, for it lies outside the tokenizer
+    or is one of its control tokens."""
+    conversation: str = "mistral_instruct"
+    """Template of mmcore.data.conversation that the language model was tuned with."""
+    sources: tuple[dict[str, str], ...] = ()
+    """Files the weights came from: {"file": name, "sha256": hash}."""
+
+
+def newest(folder: Path) -> Path:
+    """A checkpoint: the folder itself, or the newest one of the run that it holds.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (folder / MODEL_FILE).is_file():
+        return folder
+    if found := checkpoints(folder):
+        return found[-1]
+    raise ValueError(f"{folder} is no checkpoint and holds none: give a folder that combine.py or mmcore train wrote")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    return sorted(path for path in run.glob("step_*") if (path / MODEL_FILE).is_file())
+
+
+def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
+    """Refuse a layout that the architecture cannot take.
+
+    Raises:
+        ValueError: tensor ranks do not divide the heads, key-value heads, MLP widths or the padded
+            vocabulary, or stages do not divide the language model's layers.
+    """
+    size, vision, language = parallel.tensor_model_parallel_size, architecture.vision, architecture.language
+    assert vision is not None and language is not None and architecture.vision_projection is not None
+    widths = {
+        "attention heads of the vision tower": vision.num_attention_heads,
+        "MLP width of the vision tower": vision.ffn_hidden_size,
+        "MLP width of the projector": architecture.vision_projection.ffn_hidden_size,
+        "attention heads of the language model": language.num_attention_heads,
+        "key-value heads of the language model": language.num_query_groups,
+        "MLP width of the language model": language.ffn_hidden_size,
+        "padded vocabulary of the language model": language.padded_vocab_size,
+    }
+    bad = [f"{name} ({width})" for name, width in widths.items() if width % size]
+    if bad:
+        raise ValueError(
+            f"--parallel.tensor-model-parallel-size {size} does not divide the {', the '.join(bad)}: "
+            "choose a size that divides them all"
+        )
+    stages = parallel.pipeline_model_parallel_size
+    if language.num_layers % stages:
+        raise ValueError(
+            f"--parallel.pipeline-model-parallel-size {stages} does not divide the {language.num_layers} layers of "
+            "the language model: choose a size that does"
+        )
+
+
+def save_architecture(architecture: Architecture, folder: Path) -> None:
+    """Write `folder/model.json`."""
+    content = {"format": FORMAT, **asdict(architecture)}
+    (folder / MODEL_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_architecture(folder: Path) -> Architecture:
+    """Read `folder/model.json`.
+
+    Raises:
+        ValueError: the folder or file is missing, is not JSON, or holds a key that this version
+            does not know.
+    """
+    path = folder / MODEL_FILE
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} does not exist: --checkpoint takes a folder that a converter, combine.py or mmcore train wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise ValueError(
+            f"{path} is not a model description of this version (format {FORMAT}; its format is {found}): convert the "
+            "weights again"
+        )
+    parts = {"vision": VisionArch, "vision_projection": ProjectorArch, "language": LanguageArch}
+    try:
+        for name, kind in parts.items():
+            if content.get(name) is not None:
+                content[name] = kind(**{key: _value(key, value) for key, value in content[name].items()})
+        return Architecture(**{key: _value(key, value) for key, value in content.items()})
+    except TypeError as error:
+        raise ValueError(f"{path} does not describe a model of this version ({error})") from None
+
+
+def _value(key: str, value: Any) -> Any:
+    """JSON has neither tuples nor our types."""
+    if key == "rotary_scaling" and value is not None:
+        return RotaryScaling(**value)
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,81 @@
+"""Rotary position embeddings with the frequency scalings of LLaMA 3, InternLM2 and linear interpolation.
+
+Megatron-core's own `RotaryEmbedding` has LLaMA 3's scaling with fixed constants and no dynamic one.
+"""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from torch import Tensor
+
+from mmcore.models.architecture import LanguageArch, RotaryScaling
+
+
+class ScaledRotaryEmbedding(RotaryEmbedding):
+    """mcore's rotary embedding at the frequencies that the architecture asks for."""
+
+    def __init__(self, arch: LanguageArch, use_cpu_initialization: bool = False) -> None:
+        super().__init__(
+            arch.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=arch.rotary_base,  # type: ignore[arg-type]  (mcore only raises it to powers)
+            use_cpu_initialization=use_cpu_initialization,
+        )
+        self.arch = arch
+        self.inv_freq = inverse_frequencies(arch, arch.max_position_embeddings).to(self.inv_freq.device)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether the frequencies depend on the sequence's length."""
+        return self.arch.rotary_scaling is not None and self.arch.rotary_scaling.rope_type == "dynamic"
+
+    def get_rotary_seq_len(self, inference_context: Any, transformer: Any, transformer_input: Any, *rest: Any) -> int:
+        """Positions that are needed, on every pipeline stage.
+
+        With dynamic frequencies these are the ones so far: what is kept free in a cache for tokens
+        to come must not stretch those that are there.
+        """
+        length: int = super().get_rotary_seq_len(inference_context, transformer, transformer_input, *rest)
+        if not self.is_dynamic or inference_context is None:
+            return length
+        hidden = transformer_input if transformer.pre_process else transformer.input_tensor  # [s, b, h]
+        return int(inference_context.sequence_len_offset + hidden.shape[0])
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
+        """Angles [s, 1, 1, channels]."""
+        if self.is_dynamic:
+            self.inv_freq = inverse_frequencies(self.arch, max_seq_len).to(self.inv_freq.device)
+        return super().get_emb(max_seq_len, offset)
+
+
+def inverse_frequencies(arch: LanguageArch, length: int) -> Tensor:
+    """Radians per position of every pair of channels, float32 [channels / 2].
+
+    Args:
+        length: tokens of the sequence; only dynamic scaling asks.
+    Source: transformers modeling_rope_utils.py at 5.23: "linear", "dynamic", "llama3", operation by
+        operation, so that the angles are equal to the bit.
+    """
+    scaling, base, channels = arch.rotary_scaling, arch.rotary_base, arch.kv_channels
+    if scaling is not None and scaling.rope_type == "dynamic":
+        trained = arch.max_position_embeddings
+        ratio = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
+        base = base * ratio ** (channels / (channels - 2))
+    frequencies = 1.0 / (base ** (torch.arange(0, channels, 2, device="cpu").float() / channels))
+    if scaling is not None and scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling is not None and scaling.rope_type == "llama3":
+        return _llama3(frequencies, scaling)
+    return frequencies
+
+
+def _llama3(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:
+    trained, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    stretched = torch.where(wavelengths > trained / low, frequencies / scaling.factor, frequencies)
+    share = (trained / wavelengths - low) / (high - low)
+    between = (1 - share) * stretched / scaling.factor + share * stretched
+    is_between = (wavelengths >= trained / high) & (wavelengths <= trained / low)
+    return torch.where(is_between, between, stretched)

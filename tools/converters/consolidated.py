@@ -1,0 +1,5 @@
+def is_consolidated(folder):
+    return False
+
+
+def plan(config, family): ...

@@ -1,0 +1,207 @@
+"""LLaMA-shaped decoders as Hugging Face keeps them: one weight map for LLaMA, Mistral, Qwen2 and their kin."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from conversion import Conversion, ConverterConfig
+from layout import group_qkv, pad_rows, stack_rows
+from tokenizer_files import find_tokenizer
+from weight_files import open_folder, read_json
+from weight_map import Drop, Move, apply
+
+from mmcore.constants import LANGUAGE_MODEL
+from mmcore.models.architecture import Architecture, LanguageArch, RotaryScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What sets one family's config.json apart."""
+
+    model_type: Literal["llama", "mistral", "qwen2"]
+    conversation: str
+    """Template of mmcore.data.conversation that its tuned models take."""
+    add_qkv_bias: bool = False
+    default_rotary_base: float | None = None
+    """What a config.json without rope_theta means; None refuses it."""
+    default_sliding_window: int | None = None
+    """What a config.json without sliding_window means."""
+
+
+def weight_map(arch: LanguageArch) -> tuple[Move | Drop, ...]:
+    """From Hugging Face's names.
+
+    Source: transformers models/llama/modeling_llama.py; mistral's and qwen2's modules have the same names.
+    """
+    h, f, v = arch.hidden_size, arch.ffn_hidden_size, arch.vocab_size
+    query, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
+    block, layers = "model.layers.{}.", f"{LANGUAGE_MODEL}.decoder.layers."
+    pad = pad_rows(v, arch.padded_vocab_size)
+    qkv = group_qkv(arch.num_attention_heads, arch.num_query_groups)
+    projections = {f"{block}self_attn.{name}_proj": rows for name, rows in (("q", query), ("k", kv), ("v", kv))}
+    if arch.share_embeddings_and_output_weights:
+        head: Move | Drop = Drop("lm_head.weight", "tied: the embedding takes its place")
+    else:
+        head = Move(f"{LANGUAGE_MODEL}.output_layer.weight", {"lm_head.weight": (v, h)}, pad)
+    bias = Move(
+        f"{layers}self_attention.linear_qkv.bias",
+        {f"{name}.bias": (rows,) for name, rows in projections.items()},
+        qkv,
+    )
+    return (
+        Move(f"{LANGUAGE_MODEL}.embedding.word_embeddings.weight", {"model.embed_tokens.weight": (v, h)}, pad),
+        Move(f"{layers}self_attention.linear_qkv.layer_norm_weight", {f"{block}input_layernorm.weight": (h,)}),
+        Move(
+            f"{layers}self_attention.linear_qkv.weight",
+            {f"{name}.weight": (rows, h) for name, rows in projections.items()},
+            qkv,
+        ),
+        *((bias,) if arch.add_qkv_bias else ()),
+        Move(f"{layers}self_attention.linear_proj.weight", {f"{block}self_attn.o_proj.weight": (h, query)}),
+        Move(f"{layers}mlp.linear_fc1.layer_norm_weight", {f"{block}post_attention_layernorm.weight": (h,)}),
+        Move(
+            f"{layers}mlp.linear_fc1.weight",
+            {f"{block}mlp.gate_proj.weight": (f, h), f"{block}mlp.up_proj.weight": (f, h)},
+            stack_rows,
+        ),
+        Move(f"{layers}mlp.linear_fc2.weight", {f"{block}mlp.down_proj.weight": (h, f)}),
+        Move(f"{LANGUAGE_MODEL}.decoder.final_layernorm.weight", {"model.norm.weight": (h,)}),
+        head,
+        Drop("model.layers.*.self_attn.rotary_emb.inv_freq", "computed from the rotary base"),
+    )
+
+
+def number(config: dict[str, Any], path: Path, name: str, kind: type = int) -> Any:
+    """A number above 0 of a configuration.
+
+    Raises:
+        ValueError: it is missing, or something else.
+    """
+    found: Any = config.get(name)
+    if not isinstance(found, kind) or isinstance(found, bool) or found <= 0:
+        raise ValueError(f"{path}: {name!r} must be a number above 0 ({kind.__name__}), not {found!r}")
+    return found
+
+
+def read_architecture(config: dict[str, Any], path: Path, family: Family) -> LanguageArch:
+    """The architecture that a config.json, or a part of one, describes.
+
+    Args:
+        path: where it was read, for messages.
+    Raises:
+        ValueError: not of this family, a value is missing, or it asks for what is not supported.
+    """
+    if config.get("model_type") != family.model_type:
+        raise ValueError(
+            f"{path}: model_type is {config.get('model_type')!r}; this converter takes {family.model_type!r}"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path}: hidden_act is {config['hidden_act']!r}; only 'silu' is supported")
+    for name in ("attention_bias", "mlp_bias"):
+        if config.get(name):
+            raise ValueError(f"{path}: {name} is true; biases on the layers' outputs are not supported")
+    hidden, heads = number(config, path, "hidden_size"), number(config, path, "num_attention_heads")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    base, scaling = rotary(config, path, family.default_rotary_base)
+    grouped = config.get("num_key_value_heads") is not None or family.model_type != "llama"
+    return LanguageArch(
+        model_type=family.model_type,
+        num_layers=number(config, path, "num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=number(config, path, "intermediate_size"),
+        num_attention_heads=heads,
+        num_query_groups=number(config, path, "num_key_value_heads") if grouped else heads,
+        kv_channels=hidden // heads if config.get("head_dim") is None else number(config, path, "head_dim"),
+        vocab_size=number(config, path, "vocab_size"),
+        max_position_embeddings=number(config, path, "max_position_embeddings"),
+        rotary_base=base,
+        rotary_scaling=scaling,
+        sliding_window=_sliding_window(config, path, family),
+        add_qkv_bias=family.add_qkv_bias,
+        layernorm_epsilon=number(config, path, "rms_norm_eps", float),
+        share_embeddings_and_output_weights=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _sliding_window(config: dict[str, Any], path: Path, family: Family) -> int | None:
+    if family.model_type == "llama":
+        return None
+    if family.model_type == "qwen2":  # the window is for the layers from max_window_layers on
+        if config.get("use_sliding_window"):
+            raise ValueError(f"{path}: use_sliding_window is true; a window in some layers only is not supported")
+        return None
+    if config.get("sliding_window", family.default_sliding_window) is None:
+        return None
+    return int(number({"sliding_window": family.default_sliding_window, **config}, path, "sliding_window"))
+
+
+def rotary(config: dict[str, Any], path: Path, default_base: float | None) -> tuple[float, RotaryScaling | None]:
+    """Base and scaling of the rotary embeddings.
+
+    transformers 5 writes rope_parameters; before it, rope_theta stood alone and rope_scaling beside it.
+
+    Raises:
+        ValueError: no base, or a scaling that is not supported.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    base: Any = parameters.get("rope_theta", config.get("rope_theta", default_base))
+    if isinstance(base, bool) or not isinstance(base, int | float) or base <= 0:
+        raise ValueError(
+            f"{path}: neither rope_parameters.rope_theta nor rope_theta is a number above 0 (found {base!r}); no base "
+            "is assumed, for a wrong one converts without an error and answers nonsense"
+        )
+    if kind == "default":
+        return float(base), None
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise ValueError(f"{path}: rope_type is {kind!r}; the scalings that are known are linear, dynamic and llama3")
+    if kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor")
+        rest = {name: float(number(parameters, path, name, int | float)) for name in names}  # type: ignore[arg-type]
+        trained = number(parameters, path, "original_max_position_embeddings")
+        scaling = RotaryScaling(
+            rope_type="llama3", factor=_factor(parameters, path), original_max_position_embeddings=trained, **rest
+        )
+    else:
+        scaling = RotaryScaling(rope_type=kind, factor=_factor(parameters, path))
+    return float(base), scaling
+
+
+def _factor(parameters: dict[str, Any], path: Path) -> float:
+    return float(number(parameters, path, "factor", int | float))  # type: ignore[arg-type]
+
+
+def plan(config: ConverterConfig, family: Family) -> Conversion:
+    """Plan the conversion of a Hugging Face folder.
+
+    Raises:
+        ValueError: the input does not fit.
+    """
+    path = config.input / "config.json"
+    arch = read_architecture(read_json(path), path, family)
+    weights = open_folder(config.input)
+    tensors, dropped = apply(weight_map(arch), arch.num_layers, weights, config.dtype)
+    tokenizer = find_tokenizer(config.input, arch.vocab_size)
+    return Conversion(
+        architecture=Architecture(language=arch, conversation=family.conversation),
+        tensors=tensors,
+        dropped=dropped,
+        files=weights.files,
+        references=(config.input,),
+        tokenizer=tokenizer,
+        notes=notes(arch, tokenizer),
+    )
+
+
+def notes(arch: LanguageArch, tokenizer: tuple[Path, ...]) -> tuple[str, ...]:
+    """Lines of the report: what the weights do not tell, and so should be looked at."""
+    scaling = arch.rotary_scaling
+    stretched = f" ({scaling.rope_type} scaling by {scaling.factor:g})" if scaling else ""
+    window = f", a window of {arch.sliding_window} tokens" if arch.sliding_window else ""
+    return (
+        f"{arch.num_layers} layers, width {arch.hidden_size}, {arch.num_attention_heads} heads in "
+        f"{arch.num_query_groups} groups, rotary base {arch.rotary_base:g}{stretched}{window}",
+        f"vocabulary of {arch.vocab_size}, padded by {arch.padded_vocab_size - arch.vocab_size} rows of zeros",
+        f"tokenizer: {', '.join(path.name for path in tokenizer) or 'none in the folder'}",
+    )

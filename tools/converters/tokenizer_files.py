@@ -1,0 +1,49 @@
+"""The tokenizer's files: which go along with a model, and whether they are its own."""
+
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from weight_files import read_json
+
+SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer.model.v3")
+TOKENIZER_FILES = (
+    *SENTENCEPIECE_FILES,
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+
+
+def tokenizer_size(path: Path) -> int:
+    """Number of ids a tokenizer file can produce.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if path.name in SENTENCEPIECE_FILES:
+        try:
+            return SentencePieceProcessor(model_file=str(path)).vocab_size()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path} cannot be read as a sentencepiece model ({error})") from None
+    content = read_json(path)
+    try:
+        pieces = content["model"]["vocab"]
+        ids = list(pieces.values()) if isinstance(pieces, dict) else list(range(len(pieces)))
+        return 1 + max([*ids, *(token["id"] for token in content.get("added_tokens", []))])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a tokenizer of the tokenizers library ({error!r})") from None
+
+
+def find_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
+    """The tokenizer's files in a folder.
+
+    Raises:
+        ValueError: one of them has ids that the embedding has no rows for.
+    """
+    files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    for path in files:
+        if path.name in (*SENTENCEPIECE_FILES, "tokenizer.json") and (size := tokenizer_size(path)) > vocab_size:
+            raise ValueError(
+                f"{path} has {size} pieces but the model's vocab_size is {vocab_size}: the tokenizer is of another "
+                "model"
+            )
+    return files
