@@ -20,11 +20,15 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         super().__init__(
             arch.kv_channels,
             rotary_percent=1.0,
-            rotary_base=arch.rotary_base,  # type: ignore[arg-type]  (mcore only raises it to powers)
+            rotary_base=arch.rotary_base,
             use_cpu_initialization=use_cpu_initialization,
         )
         self.arch = arch
-        self.inv_freq = inverse_frequencies(arch, arch.max_position_embeddings).to(self.inv_freq.device)
+        self._use(arch.max_position_embeddings)
+
+    def _use(self, length: int) -> None:
+        place: Any = self.inv_freq.device
+        self.inv_freq: Tensor = inverse_frequencies(self.arch, length).to(place)
 
     @property
     def is_dynamic(self) -> bool:
@@ -46,7 +50,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """Angles [s, 1, 1, channels]."""
         if self.is_dynamic:
-            self.inv_freq = inverse_frequencies(self.arch, max_seq_len).to(self.inv_freq.device)
+            self._use(max_seq_len)
         return super().get_emb(max_seq_len, offset)
 
 

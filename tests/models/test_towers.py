@@ -22,6 +22,7 @@ from mmcore.models.llava import LlavaModel, base_config
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]
+OPTIONS = ("--num-attention-heads", 4, "--activation", "quick_gelu")
 LAYOUTS = {
     "tp1": (ParallelConfig(), 1),
     "tp2": (ParallelConfig(tensor_model_parallel_size=2), 2),
