@@ -193,23 +193,24 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
-    """Refuse a layout that the architecture cannot take.
+    """Refuse a layout that the architecture, a whole model or one of its towers, cannot take.
 
     Raises:
         ValueError: tensor ranks do not divide the heads, key-value heads, MLP widths or the padded
             vocabulary, or stages do not divide the language model's layers.
     """
     size, vision, language = parallel.tensor_model_parallel_size, architecture.vision, architecture.language
-    assert vision is not None and language is not None and architecture.vision_projection is not None
-    widths = {
-        "attention heads of the vision tower": vision.num_attention_heads,
-        "MLP width of the vision tower": vision.ffn_hidden_size,
-        "MLP width of the projector": architecture.vision_projection.ffn_hidden_size,
-        "attention heads of the language model": language.num_attention_heads,
-        "key-value heads of the language model": language.num_query_groups,
-        "MLP width of the language model": language.ffn_hidden_size,
-        "padded vocabulary of the language model": language.padded_vocab_size,
-    }
+    widths: dict[str, int] = {}
+    if vision is not None:
+        widths["attention heads of the vision tower"] = vision.num_attention_heads
+        widths["MLP width of the vision tower"] = vision.ffn_hidden_size
+    if architecture.vision_projection is not None:
+        widths["MLP width of the projector"] = architecture.vision_projection.ffn_hidden_size
+    if language is not None:
+        widths["attention heads of the language model"] = language.num_attention_heads
+        widths["key-value heads of the language model"] = language.num_query_groups
+        widths["MLP width of the language model"] = language.ffn_hidden_size
+        widths["padded vocabulary of the language model"] = language.padded_vocab_size
     bad = [f"{name} ({width})" for name, width in widths.items() if width % size]
     if bad:
         raise ValueError(
@@ -217,7 +218,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
             "choose a size that divides them all"
         )
     stages = parallel.pipeline_model_parallel_size
-    if language.num_layers % stages:
+    if language is not None and language.num_layers % stages:
         raise ValueError(
             f"--parallel.pipeline-model-parallel-size {stages} does not divide the {language.num_layers} layers of "
             "the language model: choose a size that does"

@@ -20,7 +20,7 @@ from mmcore.models.splice import splice
 from mmcore.models.vision import VisionModel, vision_config
 
 # What builds a vision tower, by its architecture's model_subtype.
-TOWERS = {"clip": VisionModel}
+TOWERS = {"clip": VisionModel, "siglip": VisionModel}
 
 
 class LlavaModel(MegatronModule):

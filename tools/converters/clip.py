@@ -11,17 +11,34 @@ and else asked for.
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import encoder
 from command_line import run
 from conversion import Conversion, ConverterConfig, carry_out
+from decoder import number
 from layout import as_token, group_stacked_qkv
-from weight_files import Weights, open_file, open_folder, read_json
-from weight_map import Drop, Move, apply
+from weight_files import Weights, open_file, read_json
+from weight_map import Drop, Move
 
 from mmcore.constants import VISION_MODEL
-from mmcore.models.architecture import Architecture, VisionArch
+from mmcore.models.architecture import VisionArch
+
+Source = tuple[VisionArch, Weights, tuple[Move | Drop, ...]]
+"""A tower: what it is, its weights, and their map."""
+
+HUGGING_FACE_CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+# Fields of open_clip's vision_cfg that make another network of it (open_clip/model.py CLIPVisionCfg).
+OPEN_CLIP_UNSUPPORTED = (
+    *("timm_model_name", "ls_init_value", "no_ln_pre", "act_kwargs", "block_type", "qk_norm", "scaled_cosine_attn"),
+    *("scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"),
+)
 
 # Channels of a head by the tower's width where they are not 64 (open_clip's model_configs: H, g, bigG, e).
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}
@@ -159,21 +176,93 @@ def _num_attention_heads(hidden: int, config: ClipConfig) -> int:
     return hidden // width
 
 
-def _open_clip(config: ClipConfig) -> tuple[Weights, ClipConfig]:
-    """A folder of open_clip's, whose configuration stands in for the options that were not given."""
-    path = config.input / "open_clip_config.json"
-    model: Any = read_json(path).get("model_cfg")
+def _hugging_face(config: ClipConfig) -> Source:
+    path = config.input / HUGGING_FACE_CONFIG
+    arch = encoder.read_architecture(read_json(path), path, encoder.CLIP, config.feature_layer)
+    _check_options(config, arch, path)
+    return arch, encoder.open_tower(config.input), encoder.weight_map(arch)
+
+
+def _open_clip(config: ClipConfig) -> Source:
+    path = config.input / OPEN_CLIP_CONFIG
+    content = read_json(path)
+    model: Any = content.get("model_cfg")
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
-    if not isinstance(vision, dict) or "layers" not in vision:
-        raise ValueError(f"{path} has no model_cfg.vision_cfg of a vision transformer")
-    known = {
-        "activation": config.activation or ("quick_gelu" if model.get("quick_gelu") else "gelu"),
-        "head_width": config.head_width or (0 if config.num_attention_heads else int(vision.get("head_width", 64))),
+    if not isinstance(vision, dict):
+        raise ValueError(f"{path} has no model_cfg.vision_cfg: it does not describe a model of open_clip")
+    _refuse_other_networks(vision, path)
+    found = [config.input / name for name in OPEN_CLIP_WEIGHTS if (config.input / name).is_file()]
+    if not found:
+        raise ValueError(f"{config.input} holds {OPEN_CLIP_CONFIG} but none of {', '.join(OPEN_CLIP_WEIGHTS)}")
+    weights = open_file(found[0])
+    known = replace(
+        config,
+        num_attention_heads=0,
+        head_width=number({"head_width": 64, **vision}, path, "head_width"),
+        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+    )
+    epsilon = number({"eps": 1e-5, **(vision.get("norm_kwargs") or {})}, path, "eps", float)
+    arch = replace(read_architecture(weights, known), layernorm_epsilon=epsilon)
+    _check_sizes(vision, arch, path)
+    _check_options(config, arch, path)
+    preprocess = content.get("preprocess_cfg")
+    if isinstance(preprocess, dict) and {"mean", "std"} <= preprocess.keys():
+        mean, std = encoder.pixel_statistics(preprocess["mean"], preprocess["std"], path)
+        arch = replace(arch, image_mean=mean, image_std=std)
+    return arch, weights, weight_map(arch)
+
+
+def _file(config: ClipConfig) -> Source:
+    weights = open_file(config.input)
+    arch = read_architecture(weights, config)
+    return arch, weights, weight_map(arch)
+
+
+def _refuse_other_networks(vision: dict[str, Any], path: Path) -> None:
+    other = [f"{name} {vision[name]!r}" for name in OPEN_CLIP_UNSUPPORTED if vision.get(name)]
+    if isinstance(vision.get("layers"), list):
+        other.append(f"layers {vision['layers']} of a ResNet")
+    if set(vision.get("norm_kwargs") or {}) - {"eps"}:
+        other.append(f"norm_kwargs {vision['norm_kwargs']}")
+    if other:
+        raise ValueError(
+            f"{path} describes another network than CLIP's vision transformer ({', '.join(other)}), which is not "
+            "supported; SigLIP towers are taken from their Hugging Face folders by siglip.py"
+        )
+
+
+def _check_sizes(vision: dict[str, Any], arch: VisionArch, path: Path) -> None:
+    found = {
+        "layers": arch.num_layers,
+        "width": arch.hidden_size,
+        "patch_size": arch.patch_dim,
+        "image_size": arch.image_size,
     }
-    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"):
-        if (config.input / name).is_file():
-            return open_file(config.input / name), replace(config, **known)
-    raise ValueError(f"{config.input} holds open_clip_config.json but no open_clip_model.safetensors and no .bin")
+    differing = [
+        f"{name} is {vision[name]}, the weights have {size}"
+        for name, size in found.items()
+        if name in vision and vision[name] not in (size, [size, size])
+    ]
+    if differing:
+        raise ValueError(
+            f"{path} and the weights beside it disagree ({'; '.join(differing)}): they are of two models, or incomplete"
+        )
+
+
+def _check_options(config: ClipConfig, arch: VisionArch, path: Path) -> None:
+    told = {
+        "num_attention_heads": arch.num_attention_heads,
+        "head_width": arch.hidden_size // arch.num_attention_heads,
+        "activation": arch.activation,
+    }
+    asked = {name: getattr(config, name) for name in told}
+    differing = [
+        f"--{name.replace('_', '-')} {asked[name]} but it says {value}"
+        for name, value in told.items()
+        if asked[name] and asked[name] != value
+    ]
+    if differing:
+        raise ValueError(f"{path} contradicts the options ({', '.join(differing)}): leave them out")
 
 
 def plan(config: ClipConfig) -> Conversion:
@@ -182,38 +271,20 @@ def plan(config: ClipConfig) -> Conversion:
     Raises:
         ValueError: the input does not fit.
     """
-    if (config.input / "config.json").is_file():
-        path = config.input / "config.json"
-        arch = encoder.read_architecture(read_json(path), path, encoder.CLIP, config.feature_layer)
-        asked = (config.num_attention_heads or arch.num_attention_heads, config.activation or arch.activation)
-        if asked != (arch.num_attention_heads, arch.activation):
-            raise ValueError(
-                f"{path} says {arch.num_attention_heads} heads and {arch.activation}, the options {asked[0]} and "
-                f"{asked[1]}: leave them out"
-            )
-        weights = open_folder(config.input).renamed(encoder.canonical_name)
-        rows = encoder.weight_map(arch)
-    elif config.input.is_dir():
-        if not (config.input / "open_clip_config.json").is_file():
-            raise ValueError(
-                f"--input {config.input} has neither config.json nor open_clip_config.json: name the file of weights"
-            )
-        weights, known = _open_clip(config)
-        arch = read_architecture(weights, known)
-        rows = weight_map(arch)
+    folder = config.input
+    # timm's folders have a config.json of timm's own beside open_clip's.
+    if (folder / HUGGING_FACE_CONFIG).is_file() and "model_type" in read_json(folder / HUGGING_FACE_CONFIG):
+        source = _hugging_face(config)
+    elif (folder / OPEN_CLIP_CONFIG).is_file():
+        source = _open_clip(config)
+    elif folder.is_dir():
+        raise ValueError(
+            f"--input {folder} has neither {HUGGING_FACE_CONFIG} with a model_type nor {OPEN_CLIP_CONFIG}: name the "
+            "file of weights"
+        )
     else:
-        weights = open_file(config.input)
-        arch = read_architecture(weights, config)
-        rows = weight_map(arch)
-    tensors, dropped = apply(rows, arch.num_layers, weights, config.dtype)
-    return Conversion(
-        architecture=Architecture(vision=arch),
-        tensors=tensors,
-        dropped=dropped,
-        files=weights.files,
-        references=(config.input,),
-        notes=encoder.notes(arch),
-    )
+        source = _file(config)
+    return encoder.plan(config, *source)
 
 
 def convert(config: ClipConfig) -> list[str]:

@@ -96,6 +96,7 @@ def carry_out(config: OutputConfig, conversion: Conversion, *inputs: Path) -> li
     """
     if config.format == "megatron":
         megatron_format.check(conversion.architecture, config)
+        conversion = megatron_format.adapted(conversion)
     if config.dry_run:
         return [*plan(conversion.tensors, conversion.dropped), f"nothing was written (--dry-run); {_size(conversion)}"]
     with new_folder(config.output, config.overwrite, *inputs) as folder:

@@ -1,13 +1,14 @@
 """LLaMA-shaped decoders as Hugging Face keeps them: one weight map for LLaMA, Mistral, Qwen2 and their kin."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from conversion import Conversion, ConverterConfig
-from layout import group_qkv, pad_rows, stack_rows
+from layout import Layout, group_qkv, keep, pad_rows, stack_rows
 from tokenizer_files import find_tokenizer
-from weight_files import open_folder, read_json
+from weight_files import Weights, open_folder, read_json
 from weight_map import Drop, Move, apply
 
 from mmcore.constants import LANGUAGE_MODEL
@@ -28,59 +29,92 @@ class Family:
     """What a config.json without sliding_window means."""
 
 
-def weight_map(arch: LanguageArch) -> tuple[Move | Drop, ...]:
-    """From Hugging Face's names.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Names:
+    """What a library calls the weights of such a decoder; "{}" is the number of the layer."""
 
-    Source: transformers models/llama/modeling_llama.py; mistral's and qwen2's modules have the same names.
+    word_embeddings: str
+    attention_norm: str
+    qkv: tuple[str, ...]
+    """Query, key and value; or the one tensor that holds them in mcore's order."""
+    attention_output: str
+    mlp_norm: str
+    gate: str
+    up: str
+    down: str
+    final_norm: str
+    head: str
+    dropped: tuple[Drop, ...]
+
+
+# transformers models/llama/modeling_llama.py; mistral's and qwen2's modules have the same names.
+HUGGING_FACE = Names(
+    word_embeddings="model.embed_tokens",
+    attention_norm="model.layers.{}.input_layernorm",
+    qkv=("model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"),
+    attention_output="model.layers.{}.self_attn.o_proj",
+    mlp_norm="model.layers.{}.post_attention_layernorm",
+    gate="model.layers.{}.mlp.gate_proj",
+    up="model.layers.{}.mlp.up_proj",
+    down="model.layers.{}.mlp.down_proj",
+    final_norm="model.norm",
+    head="lm_head",
+    dropped=(Drop("model.layers.*.self_attn.rotary_emb.inv_freq", "computed from the rotary base"),),
+)
+
+
+def weight_map(
+    arch: LanguageArch, names: Names = HUGGING_FACE, qkv: Layout | None = None
+) -> tuple[Move | Drop, ...]:
+    """The map from a library's names.
+
+    Args:
+        qkv: how its query, key and value become mcore's one tensor; `group_qkv` if None.
     """
     h, f, v = arch.hidden_size, arch.ffn_hidden_size, arch.vocab_size
     query, kv = arch.num_attention_heads * arch.kv_channels, arch.num_query_groups * arch.kv_channels
-    block, layers = "model.layers.{}.", f"{LANGUAGE_MODEL}.decoder.layers."
-    pad = pad_rows(v, arch.padded_vocab_size)
-    qkv = group_qkv(arch.num_attention_heads, arch.num_query_groups)
-    projections = {f"{block}self_attn.{name}_proj": rows for name, rows in (("q", query), ("k", kv), ("v", kv))}
+    qkv = qkv or group_qkv(arch.num_attention_heads, arch.num_query_groups)
+    pad, layers = pad_rows(v, arch.padded_vocab_size), f"{LANGUAGE_MODEL}.decoder.layers."
+    projections = dict(zip(names.qkv, (query, kv, kv) if len(names.qkv) > 1 else (query + 2 * kv,), strict=True))
+
+    def move(target: str, shape: tuple[int, ...], *sources: str, layout: Layout = keep) -> Move:
+        return Move(f"{target}weight", {f"{name}.weight": shape for name in sources}, layout)
+
+    head: Move | Drop = move(f"{LANGUAGE_MODEL}.output_layer.", (v, h), names.head, layout=pad)
     if arch.share_embeddings_and_output_weights:
-        head: Move | Drop = Drop("lm_head.weight", "tied: the embedding takes its place")
-    else:
-        head = Move(f"{LANGUAGE_MODEL}.output_layer.weight", {"lm_head.weight": (v, h)}, pad)
-    bias = Move(
-        f"{layers}self_attention.linear_qkv.bias",
-        {f"{name}.bias": (rows,) for name, rows in projections.items()},
-        qkv,
-    )
+        head = Drop(f"{names.head}.weight", "tied: the embedding takes its place")
+    biases = {f"{name}.bias": (rows,) for name, rows in projections.items()}
     return (
-        Move(f"{LANGUAGE_MODEL}.embedding.word_embeddings.weight", {"model.embed_tokens.weight": (v, h)}, pad),
-        Move(f"{layers}self_attention.linear_qkv.layer_norm_weight", {f"{block}input_layernorm.weight": (h,)}),
+        move(f"{LANGUAGE_MODEL}.embedding.word_embeddings.", (v, h), names.word_embeddings, layout=pad),
+        move(f"{layers}self_attention.linear_qkv.layer_norm_", (h,), names.attention_norm),
         Move(
             f"{layers}self_attention.linear_qkv.weight",
             {f"{name}.weight": (rows, h) for name, rows in projections.items()},
             qkv,
         ),
-        *((bias,) if arch.add_qkv_bias else ()),
-        Move(f"{layers}self_attention.linear_proj.weight", {f"{block}self_attn.o_proj.weight": (h, query)}),
-        Move(f"{layers}mlp.linear_fc1.layer_norm_weight", {f"{block}post_attention_layernorm.weight": (h,)}),
-        Move(
-            f"{layers}mlp.linear_fc1.weight",
-            {f"{block}mlp.gate_proj.weight": (f, h), f"{block}mlp.up_proj.weight": (f, h)},
-            stack_rows,
-        ),
-        Move(f"{layers}mlp.linear_fc2.weight", {f"{block}mlp.down_proj.weight": (h, f)}),
-        Move(f"{LANGUAGE_MODEL}.decoder.final_layernorm.weight", {"model.norm.weight": (h,)}),
+        *((Move(f"{layers}self_attention.linear_qkv.bias", biases, qkv),) if arch.add_qkv_bias else ()),
+        move(f"{layers}self_attention.linear_proj.", (h, query), names.attention_output),
+        move(f"{layers}mlp.linear_fc1.layer_norm_", (h,), names.mlp_norm),
+        move(f"{layers}mlp.linear_fc1.", (f, h), names.gate, names.up, layout=stack_rows),
+        move(f"{layers}mlp.linear_fc2.", (h, f), names.down),
+        move(f"{LANGUAGE_MODEL}.decoder.final_layernorm.", (h,), names.final_norm),
         head,
-        Drop("model.layers.*.self_attn.rotary_emb.inv_freq", "computed from the rotary base"),
+        *names.dropped,
     )
 
 
 def number(config: dict[str, Any], path: Path, name: str, kind: type = int) -> Any:
     """A number above 0 of a configuration.
 
+    Args:
+        kind: int, or float, which may be written as an int.
     Raises:
         ValueError: it is missing, or something else.
     """
     found: Any = config.get(name)
-    if not isinstance(found, kind) or isinstance(found, bool) or found <= 0:
+    if isinstance(found, bool) or not isinstance(found, (kind, int)) or not 0 < found < math.inf:
         raise ValueError(f"{path}: {name!r} must be a number above 0 ({kind.__name__}), not {found!r}")
-    return found
+    return kind(found)
 
 
 def read_architecture(config: dict[str, Any], path: Path, family: Family) -> LanguageArch:

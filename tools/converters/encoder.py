@@ -1,12 +1,15 @@
 """Vision transformers as Hugging Face keeps them: one weight map for CLIP and SigLIP."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from conversion import Conversion, ConverterConfig
 from decoder import number
-from layout import as_token, group_qkv, keep
-from weight_map import Drop, Move
+from layout import as_token, group_qkv
+from weight_files import Weights, open_folder, read_json
+from weight_map import Drop, Move, apply
 
 from mmcore.constants import (
     CLIP_IMAGE_MEAN,
@@ -15,7 +18,10 @@ from mmcore.constants import (
     SIGLIP_IMAGE_STD,
     VISION_MODEL,
 )
-from mmcore.models.architecture import Activation, VisionArch
+from mmcore.models.architecture import Activation, Architecture, VisionArch
+
+Statistic = tuple[float, float, float]
+"""Of red, green and blue."""
 
 # Hugging Face's names of activations.
 ACTIVATIONS: dict[str, Activation] = {
@@ -24,6 +30,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+
+# Files that may hold the pixel statistics: transformers 4's of the image processor, 5's of all processors.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +46,8 @@ class Family:
     """model_type of the tower alone."""
     # What a missing key means (transformers' CLIPVisionConfig and SiglipVisionConfig).
     sizes: dict[str, Any]
-    image_mean: tuple[float, float, float]
-    image_std: tuple[float, float, float]
+    image_mean: Statistic
+    image_std: Statistic
 
 
 _SIZES = {"num_hidden_layers": 12, "num_attention_heads": 12, "hidden_size": 768, "intermediate_size": 3072}
@@ -58,6 +67,7 @@ SIGLIP = Family(
     image_mean=SIGLIP_IMAGE_MEAN,
     image_std=SIGLIP_IMAGE_STD,
 )
+FAMILIES = {family.tower: family for family in (CLIP, SIGLIP)}
 
 
 def canonical_name(name: str) -> str:
@@ -102,7 +112,6 @@ def weight_map(arch: VisionArch) -> tuple[Move | Drop, ...]:
         Move(
             f"{VISION_MODEL}.position_embeddings.weight",
             {"embeddings.position_embedding.weight": (arch.num_positions, h)},
-            keep,
         ),
         *(Drop(pattern, "contrastive head: features are taken before it") for pattern in HEAD),
         *(Drop(pattern, "text tower: the language model takes its place") for pattern in TEXT_TOWER),
@@ -118,13 +127,14 @@ def read_architecture(config: dict[str, Any], path: Path, family: Family, featur
     """The architecture that a config.json, or a part of one, describes.
 
     Args:
-        path: where it was read, for messages.
+        path: where it was read; pixel statistics are looked for beside it.
     Raises:
         ValueError: not of this family, or it asks for what is not supported.
     """
+    refuse_quantized(config, path)
     kind = config.get("model_type")
     if kind == family.whole:
-        config = config.get("vision_config") or {}
+        config = _vision_config(config)
     elif kind != family.tower:
         raise ValueError(f"{path}: model_type is {kind!r}; this converter takes {family.whole!r} and {family.tower!r}")
     config = {**family.sizes, **config}
@@ -132,6 +142,7 @@ def read_architecture(config: dict[str, Any], path: Path, family: Family, featur
         raise ValueError(f"{path}: num_channels is {config['num_channels']}; only colour pictures are supported")
     if config["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"{path}: hidden_act is {config['hidden_act']!r}; known are {', '.join(ACTIVATIONS)}")
+    image_mean, image_std = _processor_statistics(path.parent, family)
     return VisionArch(
         model_subtype=family.model_subtype,
         num_layers=number(config, path, "num_hidden_layers"),
@@ -143,8 +154,80 @@ def read_architecture(config: dict[str, Any], path: Path, family: Family, featur
         activation=ACTIVATIONS[config["hidden_act"]],
         layernorm_epsilon=number(config, path, "layer_norm_eps", float),
         feature_layer=feature_layer,
-        image_mean=family.image_mean,
-        image_std=family.image_std,
+        image_mean=image_mean,
+        image_std=image_std,
+    )
+
+
+def _vision_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The tower's part of a whole model's configuration.
+
+    CLIP's first folders carry it twice, and there transformers takes vision_config_dict, and its defaults
+    for what that lacks (transformers CLIPConfig).
+    """
+    first = config.get("vision_config_dict")
+    return (config.get("vision_config") or {}) if first is None else first
+
+
+def refuse_quantized(config: dict[str, Any], path: Path) -> None:
+    """Raise a ValueError if the weights beside a config.json are quantised."""
+    if config.get("quantization_config"):
+        raise ValueError(
+            f"{path} has a quantization_config: quantised weights cannot be converted, take the model as it was before"
+        )
+
+
+def _processor_statistics(folder: Path, family: Family) -> tuple[Statistic, Statistic]:
+    """Mean and deviation by which the folder's image processor scales pixels; the family's own if it has none."""
+    for path in (folder / name for name in _PROCESSORS):
+        content = read_json(path) if path.is_file() else {}
+        content = content.get("image_processor", content)
+        if isinstance(content, dict) and {"image_mean", "image_std"} <= content.keys():
+            return pixel_statistics(content["image_mean"], content["image_std"], path)
+    return family.image_mean, family.image_std
+
+
+def pixel_statistics(mean: Any, std: Any, path: Path) -> tuple[Statistic, Statistic]:
+    """Mean and deviation of pixels as a configuration has them, checked.
+
+    Args:
+        path: where they were read, for messages.
+    Raises:
+        ValueError: one of them is not a list of three numbers, or a deviation is 0.
+    """
+    for values, lowest in ((mean, 0.0), (std, 1e-6)):
+        is_list = isinstance(values, list) and len(values) == 3
+        if not is_list or not all(isinstance(value, int | float) and value >= lowest for value in values):
+            raise ValueError(
+                f"{path}: mean {mean!r} and deviation {std!r} of the pixels must each be three numbers, for red, green "
+                "and blue"
+            )
+    return tuple(map(float, mean)), tuple(map(float, std))  # type: ignore[return-value]
+
+
+def open_tower(folder: Path) -> Weights:
+    """The weights of a Hugging Face folder by the names that `weight_map` takes.
+
+    Raises:
+        ValueError: as `weight_files.open_folder`.
+    """
+    return open_folder(folder).renamed(canonical_name)
+
+
+def plan(config: ConverterConfig, arch: VisionArch, weights: Weights, rows: Sequence[Move | Drop]) -> Conversion:
+    """Plan the conversion of a tower.
+
+    Raises:
+        ValueError: the weights do not fit.
+    """
+    tensors, dropped = apply(rows, arch.num_layers, weights, config.dtype)
+    return Conversion(
+        architecture=Architecture(vision=arch),
+        tensors=tensors,
+        dropped=dropped,
+        files=weights.files,
+        references=(config.input,),
+        notes=notes(arch),
     )
 
 

@@ -56,6 +56,32 @@ def group_qkv(num_attention_heads: int, num_query_groups: int) -> Layout:
     return Layout("query, key and value by group", pack, unpack)
 
 
+def group_interleaved_qkv(num_attention_heads: int, num_query_groups: int) -> Layout:
+    """`group_qkv` of queries and keys whose rotation turns channels 2i and 2i + 1 of a head together.
+
+    Meta's and Mistral's own weights are so; mcore turns channels i and i + channels / 2, so the even
+    channels of every head go before its odd ones. Values are not rotated.
+    """
+    grouped = group_qkv(num_attention_heads, num_query_groups)
+
+    def pack(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return grouped.pack(_part_pairs(query, num_attention_heads), _part_pairs(key, num_query_groups), value)
+
+    def unpack(qkv: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = grouped.unpack(qkv)
+        return _join_pairs(query, num_attention_heads), _join_pairs(key, num_query_groups), value
+
+    return Layout("query, key and value by group, even channels before odd ones", pack, unpack)
+
+
+def _part_pairs(rows: Tensor, heads: int) -> Tensor:
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # [heads, 2, channels / 2, h] flattened
+
+
+def _join_pairs(rows: Tensor, heads: int) -> Tensor:
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # [heads, channels / 2, 2, h] flattened
+
+
 def group_stacked_qkv(num_attention_heads: int) -> Layout:
     """`group_qkv` of what torch's MultiheadAttention holds: [all queries; all keys; all values], 3h rows."""
     grouped = group_qkv(num_attention_heads, num_attention_heads)

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import encoder
 from command_line import run
 from conversion import Conversion, ConverterConfig, carry_out
-from weight_files import open_folder, read_json
-from weight_map import apply
-
-from mmcore.models.architecture import Architecture
+from weight_files import read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +37,7 @@ def plan(config: SiglipConfig) -> Conversion:
             "supported: take one of a fixed resolution, such as siglip2-so400m-patch14-384"
         )
     arch = encoder.read_architecture(content, path, encoder.SIGLIP, config.feature_layer)
-    weights = open_folder(config.input).renamed(encoder.canonical_name)
-    tensors, dropped = apply(encoder.weight_map(arch), arch.num_layers, weights, config.dtype)
-    return Conversion(
-        architecture=Architecture(vision=arch),
-        tensors=tensors,
-        dropped=dropped,
-        files=weights.files,
-        references=(config.input,),
-        notes=encoder.notes(arch),
-    )
+    return encoder.plan(config, arch, encoder.open_tower(config.input), encoder.weight_map(arch))
 
 
 def convert(config: SiglipConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """The tokenizer's files: which go along with a model, and whether they are its own."""
 
+import re
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -36,14 +37,31 @@ def tokenizer_size(path: Path) -> int:
 def find_tokenizer(folder: Path, vocab_size: int) -> tuple[Path, ...]:
     """The tokenizer's files in a folder.
 
+    The tokenizer.model of LLaMA 3 is tiktoken's, which nothing here reads: it stays where it is if
+    there is a tokenizer.json.
+
     Raises:
-        ValueError: one of them has ids that the embedding has no rows for.
+        ValueError: one of them cannot be read, or has ids that the embedding has no rows for.
     """
     files = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
-    for path in files:
+    others = tuple(path for path in files if not _is_tiktoken(path))
+    if others != files and folder / "tokenizer.json" not in others:
+        raise ValueError(
+            f"{folder / 'tokenizer.model'} is a tokenizer of tiktoken's, as LLaMA 3 has, and not of sentencepiece's: "
+            "name a folder with the tokenizer.json of the same model on Hugging Face by --tokenizer"
+        )
+    for path in others:
         if path.name in (*SENTENCEPIECE_FILES, "tokenizer.json") and (size := tokenizer_size(path)) > vocab_size:
             raise ValueError(
                 f"{path} has {size} pieces but the model's vocab_size is {vocab_size}: the tokenizer is of another "
                 "model"
             )
-    return files
+    return others
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether a file begins as tiktoken's do: a token's bytes in base64, its rank, a line break."""
+    if path.name not in SENTENCEPIECE_FILES:
+        return False
+    with path.open("rb") as file:
+        return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(1024)) is not None

@@ -60,6 +60,17 @@ class Drop:
     reason: str
 
 
+class DifferencesError(ValueError):
+    """Tensors that are not those of their architecture: `problems` are all of them."""
+
+    def __init__(self, problems: list[str], name: str) -> None:
+        super().__init__(
+            f"{name} does not hold the tensors of its architecture ({len(problems)} differences); it may be "
+            "of another model, or incomplete:\n  " + "\n  ".join(sorted(problems))
+        )
+        self.problems = problems
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """Tensors of another library that come from one of mcore's."""
@@ -85,7 +96,7 @@ def apply(
     Returns:
         mcore's tensors by name, and how many source tensors each reason left out.
     Raises:
-        ValueError: unknown or missing tensors, wrong shapes, dtypes that are not floating point or
+        DifferencesError: unknown or missing tensors, wrong shapes, dtypes that are not floating point or
             whose range `dtype` does not hold.
     """
     problems: list[str] = []
@@ -135,8 +146,8 @@ def export(
     Returns:
         What to write, tensors outside the layers first, then layer by layer.
     Raises:
-        ValueError: unknown or missing tensors, wrong shapes, or a dtype whose range `dtype` does not
-            hold.
+        DifferencesError: unknown or missing tensors, wrong shapes, or a dtype whose range `dtype` does
+            not hold.
     """
     problems: list[str] = []
     planned: list[tuple[int, Parts]] = []
@@ -179,10 +190,7 @@ def plan(tensors: dict[str, StoredTensor], dropped: Counter[str]) -> Iterable[st
 
 def _raise_if(problems: list[str], name: str) -> None:
     if problems:
-        raise ValueError(
-            f"{name} does not hold the tensors of its architecture ({len(problems)} differences); it may be "
-            "of another model, or incomplete:\n  " + "\n  ".join(sorted(problems))
-        )
+        raise DifferencesError(problems, name)
 
 
 def _problems(name: str, shape: tuple[int, ...], weights: Weights, dtype: Dtype) -> list[str]:

@@ -1,0 +1,43 @@
+"""The gate of verify.py for tests: the same comparison, without the seconds that new processes take to import."""
+
+from pathlib import Path
+
+import reference
+import verify
+from torch.multiprocessing import start_processes
+
+from mmcore.models.architecture import load_architecture
+
+TOLERANCE = 1e-4
+
+
+def check(checkpoint: Path, *references: Path) -> float:
+    """Assert that a checkpoint computes what its original does, at TP 1, 2, 4 and PP 1, 2.
+
+    The model needs 4 layers, and heads, groups and widths that 4 divides.
+
+    Returns:
+        The largest difference of all places, relative to the largest value there.
+    """
+    allowed, left_out = verify.split_layouts(load_architecture(checkpoint))
+    assert not left_out, left_out
+    worst = 0.0
+    for outcome in verify.outcomes(checkpoint, references, allowed, run_original=_forked):
+        assert outcome.first_above(TOLERANCE) is None, verify.describe(outcome, TOLERANCE)
+        worst = max(worst, outcome.worst.error)
+    return worst
+
+
+def _forked(config: reference.ReferenceConfig, timeout: float) -> None:
+    """In a child, which takes the threads that transformers reads weights with along when it ends."""
+    context = start_processes(_record, (config,), nprocs=1, join=False, start_method="fork")
+    assert context is not None
+    try:
+        assert context.join(timeout), f"the original was not done after {timeout} seconds"
+    finally:
+        context.processes[0].kill()
+        context.processes[0].join()
+
+
+def _record(_: int, config: reference.ReferenceConfig) -> None:
+    reference.record(config)
