@@ -59,7 +59,8 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any = None) -> dict[str
         raise ValueError(f"{folder} is damaged: {'; '.join(shared[0])}. Take another checkpoint, or convert it again")
     state = _sharded(model, optimizer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder))
-    missing, unexpected = _unwrapped(model).load_state_dict(loaded["model"], strict=False)
+    weights = loaded.get("model", {})  # megatron-core leaves out what is empty: a stage without weights
+    missing, unexpected = _unwrapped(model).load_state_dict(weights, strict=False)
     missing = [key for key in missing if not key.endswith("_extra_state")]  # left out on purpose, see _sharded
     assert not missing and not unexpected, f"missing {missing}, unexpected {unexpected}"
     if optimizer is not None:

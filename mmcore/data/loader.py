@@ -201,12 +201,12 @@ def build_train_loader(
         micro_batch_size: samples of a batch.
     Raises:
         ValueError: no dataset, too few samples for so many ranks and workers, unknown template, the
-            tokenizer can produce image_token_id, or no picture fits into seq_length.
+            tokenizer can make image_token_id of text, or no picture fits into seq_length.
     """
-    if image_token_id < tokenizer.vocab_size:
+    if image_token_id < tokenizer.vocab_size and image_token_id not in tokenizer.control.values():
         raise ValueError(
-            f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: "
-            "it must lie beyond them; convert and combine the model again with this tokenizer"
+            f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: it must "
+            "lie beyond them or be a control token; convert the model again with this tokenizer"
         )
     if num_image_embeddings >= config.seq_length:
         raise ValueError(

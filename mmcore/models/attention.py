@@ -58,7 +58,8 @@ class CoreAttention(MegatronModule):
             key, value: [sk, b, ng, hn], or [t, ng, hn] when packed.
             attention_mask: bool [b, 1, sq, sk], True where a key must not be seen; when given it
                 is the whole mask. No row may be all True: its softmax has no value.
-            attn_mask_type: causal or no_mask, used without attention_mask; the layer's own if None.
+            attn_mask_type: not used: without attention_mask the layer's own holds, for queries that are the
+                newest of the keys.
             packed_seq_params: boundaries of packed sequences; attention never crosses them.
         Returns:
             [sq, b, np * hn], or [t, np * hn] when packed.
@@ -67,7 +68,8 @@ class CoreAttention(MegatronModule):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, hn]
-        causal = (attn_mask_type or self.attn_mask_type) == AttnMaskType.causal
+        # mcore asks for no mask once there is a cache; a window still hides what it has left behind.
+        causal = self.attn_mask_type == AttnMaskType.causal
         if attention_mask is not None:
             context = self._attend(query, key, value, attn_mask=~attention_mask)
         else:
@@ -88,12 +90,13 @@ class CoreAttention(MegatronModule):
     def _mask(self, query: Tensor, key: Tensor, causal: bool) -> dict[str, Any]:
         """How torch is told what a query may see: the queries are the newest of the keys."""
         queries, keys = query.shape[2], key.shape[2]
-        if not causal or self.window is None or keys <= self.window:
+        window = keys if self.window is None else self.window
+        if not causal or (queries in (1, keys) and keys <= window):
             # One query is the newest of a cache: it may see every key.
             return {"is_causal": causal and queries > 1}
         position = torch.arange(keys, device=key.device)
         distance = position[keys - queries :, None] - position  # [sq, sk]
-        return {"attn_mask": (distance >= 0) & (distance < self.window)}
+        return {"attn_mask": (distance >= 0) & (distance < window)}
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
         """[b, np, sq, hn] from heads-first tensors."""

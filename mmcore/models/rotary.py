@@ -39,7 +39,8 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         """Positions that are needed, on every pipeline stage.
 
         With dynamic frequencies these are the ones so far: what is kept free in a cache for tokens
-        to come must not stretch those that are there.
+        to come must not stretch those that are there. mcore's cache holds keys as they are before the
+        rotation, so all of them get the frequencies of the length that is reached.
         """
         length: int = super().get_rotary_seq_len(inference_context, transformer, transformer_input, *rest)
         if not self.is_dynamic or inference_context is None:
@@ -62,17 +63,24 @@ def inverse_frequencies(arch: LanguageArch, length: int) -> Tensor:
     Source: transformers modeling_rope_utils.py at 5.23: "linear", "dynamic", "llama3", operation by
         operation, so that the angles are equal to the bit.
     """
-    scaling, base, channels = arch.rotary_scaling, arch.rotary_base, arch.kv_channels
+    scaling, channels = arch.rotary_scaling, arch.kv_channels
+    base: Any = arch.rotary_base
     if scaling is not None and scaling.rope_type == "dynamic":
-        trained = arch.max_position_embeddings
-        ratio = scaling.factor * max(length, trained) / trained - (scaling.factor - 1)
-        base = base * ratio ** (channels / (channels - 2))
+        base = _dynamic_base(arch, scaling.factor, length)
     frequencies = 1.0 / (base ** (torch.arange(0, channels, 2, device="cpu").float() / channels))
     if scaling is not None and scaling.rope_type == "linear":
         return frequencies / scaling.factor
     if scaling is not None and scaling.rope_type == "llama3":
         return _llama3(frequencies, scaling)
     return frequencies
+
+
+def _dynamic_base(arch: LanguageArch, factor: float, length: int) -> Any:
+    trained, channels = arch.max_position_embeddings, arch.kv_channels
+    if length <= trained:
+        return arch.rotary_base
+    positions = torch.tensor(length, device="cpu")  # so transformers' arithmetic, which is float32 from here on
+    return arch.rotary_base * (factor * positions / trained - (factor - 1)) ** (channels / (channels - 2))
 
 
 def _llama3(frequencies: Tensor, scaling: RotaryScaling) -> Tensor:

@@ -1,17 +1,28 @@
-"""CoreAttention against a few lines of softmax, and packed against one by one."""
+"""CoreAttention against a few lines of softmax, packed against one by one, cached against whole."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mmcore.config import ParallelConfig
 from mmcore.models.attention import CoreAttention
+from tests import ranks, tiny
 
 
-def attention(mask: AttnMaskType) -> CoreAttention:
+def attention(mask: AttnMaskType, window: int | None = None) -> CoreAttention:
+    """With `window`, a token sees that many, itself included."""
     config = TransformerConfig(
-        num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0
+        num_layers=1,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_query_groups=2,
+        attention_dropout=0.0,
+        window_size=None if window is None else (window - 1, 0),
     )
     return CoreAttention(config, 1, mask, "self")
 
@@ -48,6 +59,43 @@ def test_newest_query_sees_the_whole_cache() -> None:
     torch.testing.assert_close(attention(AttnMaskType.causal)(query, key, value, None), expected)
 
 
+def unseen(queries: int, keys: int, window: int) -> torch.Tensor:
+    """What a window and the future hide, one pair at a time; the queries are the newest of the keys."""
+    hidden = torch.ones(queries, keys, dtype=torch.bool)
+    for query in range(queries):
+        here = keys - queries + query
+        for key in range(max(0, here - window + 1), here + 1):
+            hidden[query, key] = False
+    return hidden
+
+
+# The whole sequence at once; one new token over a cache; several.
+@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 7), (3, 7)])
+@pytest.mark.parametrize("window", [1, 3, 6, 7, 8, None])
+def test_sliding_window(queries: int, keys: int, window: int | None) -> None:
+    query, key, value = qkv(queries, keys)
+    hidden = unseen(queries, keys, keys if window is None else window)
+    expected = by_hand(query, key, value, hidden)
+    torch.testing.assert_close(attention(AttnMaskType.causal, window)(query, key, value, None), expected)
+    if window is not None and window < keys:
+        without = by_hand(query, key, value, unseen(queries, keys, keys))
+        assert not torch.allclose(expected, without), "the window hides nothing: the test would see nothing"
+
+
+def test_a_window_counts_within_packed_sequences() -> None:
+    query, key, value = (part.squeeze(1) for part in qkv(10, 10, b=1))
+    bounds = torch.tensor([0, 3, 4, 10], dtype=torch.int32)
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=6, max_seqlen_kv=6
+    )
+    hidden = torch.ones(10, 10, dtype=torch.bool)
+    for first, last in ((0, 3), (3, 4), (4, 10)):
+        hidden[first:last, first:last] = unseen(last - first, last - first, 4)
+    expected = by_hand(*(part[:, None] for part in (query, key, value)), hidden)[:, 0]
+    found = attention(AttnMaskType.causal, window=4)(query, key, value, None, packed_seq_params=packed)
+    torch.testing.assert_close(found, expected)
+
+
 def test_explicit_mask() -> None:
     query, key, value = qkv(5, 5)
     hidden = torch.ones(2, 1, 5, 5, dtype=torch.bool).triu(1)
@@ -76,3 +124,26 @@ def test_packed_never_crosses_sequences(mask: AttnMaskType) -> None:
     ]
     for first, second in zip(*gradients, strict=True):
         torch.testing.assert_close(first, second)
+
+
+@torch.no_grad()
+def cached_and_whole(window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [steps, v] of a model by its cache, token by token, and by the whole sequence each time."""
+    language = replace(tiny.LANGUAGE, sliding_window=window)
+    model = tiny.build(ParallelConfig(), arch=replace(tiny.architecture(), language=language)).eval()
+    tokens = torch.randint(0, 150, (1, 12), generator=torch.Generator().manual_seed(0))
+    context, cached, whole = StaticInferenceContext(1, 16), [], []
+    for first, last in [(0, 4), *((n, n + 1) for n in range(4, 12))]:
+        newest = torch.tensor([last - first - 1])
+        cached.append(model(tokens[:, first:last], positions=newest, inference_context=context)[0])
+        context.sequence_len_offset += last - first
+        context.enable_decode_mode()
+        whole.append(model(tokens[:, :last])[-1])
+    return torch.stack(cached), torch.stack(whole)
+
+
+def test_a_window_moves_on_with_the_cache() -> None:
+    cached, whole = ranks.run(cached_and_whole, ParallelConfig(), 1, 6)[0]
+    torch.testing.assert_close(cached, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    without = ranks.run(cached_and_whole, ParallelConfig(), 1, None)[0][1]
+    assert not torch.allclose(whole[3:], without[3:]), "the window hides nothing: the test would see nothing"

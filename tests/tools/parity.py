@@ -1,5 +1,6 @@
 """The gate of verify.py for tests: the same comparison, without the seconds that new processes take to import."""
 
+from contextlib import closing
 from pathlib import Path
 
 import reference
@@ -22,9 +23,10 @@ def check(checkpoint: Path, *references: Path) -> float:
     allowed, left_out = verify.split_layouts(load_architecture(checkpoint))
     assert not left_out, left_out
     worst = 0.0
-    for outcome in verify.outcomes(checkpoint, references, allowed, run_original=_forked):
-        assert outcome.first_above(TOLERANCE) is None, verify.describe(outcome, TOLERANCE)
-        worst = max(worst, outcome.worst.error)
+    with closing(verify.outcomes(checkpoint, references, allowed, 120.0, _forked)) as outcomes:
+        for outcome in outcomes:
+            assert outcome.first_above(TOLERANCE) is None, verify.describe(outcome, TOLERANCE)
+            worst = max(worst, outcome.worst.error)
     return worst
 
 

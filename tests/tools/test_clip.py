@@ -1,5 +1,6 @@
-"""clip.py, against open_clip's own class and an independent reading of its state dict."""
+"""clip.py, against open_clip's and transformers' own classes and an independent reading of their state dicts."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mmcore.models.architecture import VisionArch, load_architecture
+from tests.tools import parity
+from tests.tools.expected import assert_same
 
 State = dict[str, Tensor]
 WIDTH, HEADS, LAYERS = 64, 4, 3
@@ -48,12 +51,6 @@ def expected(state: State) -> State:
         "vision_model.ln_post.weight": state["visual.ln_post.weight"],
         "vision_model.ln_post.bias": state["visual.ln_post.bias"],
     }
-
-
-def assert_same(found: State, wanted: State) -> None:
-    assert found.keys() == wanted.keys()
-    for key, tensor in wanted.items():
-        assert found[key].dtype == tensor.dtype and torch.equal(found[key], tensor), key
 
 
 def test_every_tensor(clip_file: Path, clip_state: State, read_checkpoint: Callable[[Path], State]) -> None:
@@ -137,3 +134,128 @@ def test_tensors_that_do_not_fit(tmp_path: Path, clip_state: State, changes: Sta
 def test_a_folder_is_no_file_of_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="name the file of weights"):
         convert(replace(config(tmp_path / "x"), input=tmp_path))
+
+
+# ---- OpenAI's archive
+
+
+def test_openai_archive(
+    tmp_path: Path, clip: Callable[..., torch.nn.Module], read_checkpoint: Callable[[Path], State]
+) -> None:
+    """Matrices in half precision and the sizes among the weights, in a TorchScript archive: it tells its activation."""
+    model = clip()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, size in (("input_resolution", 32), ("context_length", 8), ("vocab_size", 40)):
+        model.__dict__.pop(name, None)
+        model.register_buffer(name, torch.tensor(size))
+    inputs = torch.zeros(1, 3, 32, 32), torch.zeros(1, 8, dtype=torch.long)
+    torch.jit.trace(model, inputs, check_trace=False).save(tmp_path / "clip.pt")
+    convert(config(tmp_path / "clip.pt", activation=""))
+    assert_same(read_checkpoint(tmp_path / "vision"), expected(state))
+    vision = load_architecture(tmp_path / "vision").vision
+    assert vision is not None and vision.activation == "quick_gelu"
+
+
+def test_a_state_dict_does_not_tell_its_activation(clip_file: Path) -> None:
+    with pytest.raises(ValueError, match="--activation quick_gelu for OpenAI's weights"):
+        convert(config(clip_file, activation=""))
+
+
+# ---- open_clip's folder
+
+WEIGHTS = "open_clip_model.safetensors"
+
+
+def open_clip_folder(
+    folder: Path, state: State, weights: str = "open_clip_model.safetensors", **vision: object
+) -> Path:
+    folder.mkdir()
+    save = save_file if weights.endswith("safetensors") else torch.save
+    save(state, folder / weights)
+    sizes = {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8, "mlp_ratio": 1.5}
+    vision = {**sizes, **vision}
+    content = {
+        "model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": {}},
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def from_folder(folder: Path, **options: object) -> ClipConfig:
+    return ClipConfig(input=folder, output=folder.parent / "vision", **options)
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, "open_clip_pytorch_model.bin"])
+def test_open_clip_folder(
+    tmp_path: Path, clip_state: State, read_checkpoint: Callable[[Path], State], weights: str
+) -> None:
+    folder = open_clip_folder(tmp_path / "open", clip_state, weights, norm_kwargs={"eps": 1e-6})
+    (folder / "config.json").write_text('{"architecture": "vit_tiny"}')  # timm's, which says nothing here
+    convert(from_folder(folder))
+    assert_same(read_checkpoint(tmp_path / "vision"), expected(clip_state))
+    vision = load_architecture(tmp_path / "vision").vision
+    assert vision == VisionArch(
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        image_size=32,
+        patch_dim=8,
+        activation="gelu",
+        layernorm_epsilon=1e-6,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (
+            {"act_kwargs": {"approximate": "tanh"}, "no_ln_pre": True, "norm_kwargs": {"eps": 1e-6, "bias": False}},
+            {},
+            r"another network .*no_ln_pre True, act_kwargs .*, norm_kwargs",
+        ),
+        ({"timm_model_name": "vit_so400m"}, {}, "timm_model_name 'vit_so400m'.*siglip.py"),
+        ({"layers": [3, 4, 6, 3]}, {}, "of a ResNet"),
+        ({"layers": 4, "image_size": [40, 40]}, {}, r"layers is 4, the weights have 3; image_size is \[40, 40\]"),
+        ({}, {"head_width": 32, "activation": "quick_gelu"}, "--head-width 32 but it says 16, --activation quick_gelu"),
+        ({"head_width": "wide"}, {}, "'head_width' must be a number"),
+    ],
+)
+def test_open_clip_folders_that_do_not_fit(
+    tmp_path: Path, clip_state: State, changes: dict[str, object], options: dict[str, object], message: str
+) -> None:
+    folder = open_clip_folder(tmp_path / "open", clip_state, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert(from_folder(folder, **options))
+
+
+def test_open_clip_folders_that_lack_a_file(tmp_path: Path, clip_state: State) -> None:
+    folder = open_clip_folder(tmp_path / "open", clip_state)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"but none of {WEIGHTS}"):
+        convert(from_folder(folder))
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has no model_cfg.vision_cfg"):
+        convert(from_folder(folder))
+
+
+# ---- against the libraries themselves
+
+
+def test_parity_of_openais_state_dict(tmp_path: Path, clip: Callable[..., torch.nn.Module]) -> None:
+    model = clip(layers=4, head_width=8)
+    for parameter in model.parameters():  # so that no softmax is all or nothing
+        parameter.data *= 0.2
+    torch.save(model.state_dict(), tmp_path / "clip.pt")
+    convert(config(tmp_path / "clip.pt", head_width=8))
+    parity.check(tmp_path / "vision", tmp_path / "clip.pt")
+
+
+def test_parity_of_an_open_clip_folder(tmp_path: Path, clip: Callable[..., torch.nn.Module]) -> None:
+    state = {name: 0.2 * tensor for name, tensor in clip(layers=4).state_dict().items()}
+    folder = open_clip_folder(tmp_path / "open", state, layers=4, head_width=8)
+    convert(from_folder(folder))
+    parity.check(tmp_path / "vision", folder)

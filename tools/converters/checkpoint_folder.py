@@ -6,6 +6,7 @@ whole checkpoint from shapes and asks for each tensor when its turn to be writte
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -26,11 +28,26 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from mmcore.constants import MODEL_FILE
 
+_METADATA_FILE = ".metadata"
+# All that torch pickles into it: what it names would else be imported and called. (A name with dots
+# reaches into the module, so these are whole names.)
+_METADATA_NAMES = {
+    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "torch": ("Size",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    "torch.serialization": ("_get_layout",),
+}
 # megatron/core/dist_checkpointing/core.py, CheckpointingConfig.
 _FORMAT_FILE = "metadata.json"
 _FORMAT = {
@@ -155,28 +172,15 @@ def new_folder(output: Path, overwrite: bool, *inputs: Path) -> Iterator[Path]:
         shutil.rmtree(old)
 
 
-class _ChunkPlanner(dcp.DefaultLoadPlanner):
-    """Reads into one tensor, wherever in the stored one that is."""
-
-    def __init__(self, destination: Tensor) -> None:
-        super().__init__()
-        self.destination = destination
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.destination
-
-
 def stored_tensors(folder: Path, module: str) -> dict[str, StoredTensor]:
     """The tensors of one part (`vision_model`, `language_model`) of a checkpoint, however it is cut.
 
     Raises:
         ValueError: the folder is no checkpoint, or has no such part.
     """
-    if not (folder / _FORMAT_FILE).is_file() or not (folder / ".metadata").is_file():
-        raise ValueError(f"{folder} is not a complete checkpoint: it lacks {_FORMAT_FILE} or .metadata")
-    reader = dcp.FileSystemReader(folder)
-    metadata = reader.read_metadata()
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    if not (folder / _FORMAT_FILE).is_file() or not (folder / _METADATA_FILE).is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: it lacks {_FORMAT_FILE} or {_METADATA_FILE}")
+    metadata = _read_metadata(folder)
     found: dict[str, StoredTensor] = {}
     for key, stored in metadata.state_dict_metadata.items():
         if not key.startswith(f"{module}.") or not isinstance(stored, TensorStorageMetadata):
@@ -186,7 +190,7 @@ def stored_tensors(folder: Path, module: str) -> dict[str, StoredTensor]:
             shape=tuple(stored.size[1:] if stacked else stored.size),
             dtype=stored.properties.dtype,
             chunks=tuple(
-                partial(_read, reader, metadata, key, layer if stacked else None)
+                partial(_read, folder, metadata, key, layer if stacked else None)
                 for layer in range(stored.size[0] if stacked else 1)
             ),
             is_stacked=stacked,
@@ -198,11 +202,55 @@ def stored_tensors(folder: Path, module: str) -> dict[str, StoredTensor]:
     return found
 
 
-def _read(reader: dcp.FileSystemReader, metadata: Metadata, key: str, layer: int | None) -> Tensor:
+def _read(folder: Path, metadata: Metadata, key: str, layer: int | None) -> Tensor:
+    """A whole tensor, or one layer of a stacked one, from the pieces that the ranks wrote.
+
+    Raises:
+        ValueError: pieces are missing or damaged.
+    """
     stored: Any = metadata.state_dict_metadata[key]
     size = stored.size if layer is None else torch.Size((1, *stored.size[1:]))
     offsets = torch.Size((layer or 0, *[0] * (len(size) - 1)))
-    tensor = torch.empty(size, dtype=stored.properties.dtype)
     items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(offsets, size)])
-    reader.read_data(LoadPlan(items), _ChunkPlanner(tensor)).wait()
+    if sum(item.lengths.numel() for item in items) != size.numel():
+        raise ValueError(f"{folder} is not a complete checkpoint: parts of {key} are in none of its files")
+    if len(items) == 1:  # as most are, and need not be copied
+        tensor = _read_piece(folder, metadata, items[0])
+    else:
+        tensor = torch.empty(size, dtype=stored.properties.dtype)
+        for item in items:
+            narrow_tensor_by_index(tensor, item.dest_offsets, item.lengths).copy_(_read_piece(folder, metadata, item))
     return tensor if layer is None else tensor[0]
+
+
+def _read_piece(folder: Path, metadata: Metadata, item: ReadItem) -> Tensor:
+    # Not by torch's FileSystemReader, which copies once more and so takes twice as long.
+    place: Any = metadata.storage_data[item.storage_index]
+    try:
+        with (folder / place.relative_path).open("rb") as file:
+            piece = torch.load(
+                _create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True
+            )
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{folder / place.relative_path} is damaged: {item.storage_index.fqn} ({error})") from None
+    return narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
+
+
+class _MetadataReader(pickle.Unpickler):
+    """Reads what torch's writer leaves in .metadata, and refuses to make anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _METADATA_NAMES.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        ):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's description")
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    path = folder / _METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            return _MetadataReader(file).load()
+    except Exception as error:  # a damaged pickle can raise any
+        raise ValueError(f"{path} cannot be read as the description of a checkpoint ({error})") from None

@@ -13,6 +13,7 @@ from typing import Literal
 
 import megatron_format
 from checkpoint_folder import StoredTensor, new_folder, write_checkpoint
+from memory import check_memory
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from weight_files import sha256
@@ -96,9 +97,11 @@ def carry_out(config: OutputConfig, conversion: Conversion, *inputs: Path) -> li
     """
     if config.format == "megatron":
         megatron_format.check(conversion.architecture, config)
-        conversion = megatron_format.adapted(conversion)
+        conversion = megatron_format.adapted(conversion, config)
     if config.dry_run:
         return [*plan(conversion.tensors, conversion.dropped), f"nothing was written (--dry-run); {_size(conversion)}"]
+    if config.verify:
+        check_memory(sum(tensor.num_bytes // tensor.dtype.itemsize for tensor in conversion.tensors.values()))
     with new_folder(config.output, config.overwrite, *inputs) as folder:
         if conversion.tokenizer:
             (folder / TOKENIZER_DIR).mkdir()
@@ -139,10 +142,15 @@ def verify(checkpoint: Path, *references: Path) -> list[str]:
     command = [sys.executable, str(VERIFY), "--checkpoint", str(checkpoint)]
     if references:
         command += ["--reference", *map(str, references)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise VerificationError((result.stderr or result.stdout).strip())
-    return result.stdout.splitlines()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            report, errors = process.communicate()
+        except BaseException:
+            process.terminate()  # not killed: it has ranks to end and files to remove
+            raise
+    if process.returncode:
+        raise VerificationError((errors or report).strip())
+    return report.splitlines()
 
 
 @contextmanager

@@ -5,14 +5,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from conversion import Conversion, ConverterConfig
 from layout import Layout, group_qkv, keep, pad_rows, stack_rows
-from tokenizer_files import find_tokenizer
+from tokenizer_files import TOKENIZER_FILES, find_tokenizer
 from weight_files import Weights, open_folder, read_json
 from weight_map import Drop, Move, apply
 
 from mmcore.constants import LANGUAGE_MODEL
 from mmcore.models.architecture import Architecture, LanguageArch, RotaryScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig(ConverterConfig):
+    """What the converters of language models have in common."""
+
+    tokenizer: Path | None = None
+    """Folder with the tokenizer; by default the input."""
+    conversation: str = ""
+    """Conversation template that the model was tuned with; by default that of its family."""
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """What is read, and so must not be replaced."""
+        return (self.input,) if self.tokenizer is None else (self.input, self.tokenizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +79,7 @@ HUGGING_FACE = Names(
 )
 
 
-def weight_map(
-    arch: LanguageArch, names: Names = HUGGING_FACE, qkv: Layout | None = None
-) -> tuple[Move | Drop, ...]:
+def weight_map(arch: LanguageArch, names: Names = HUGGING_FACE, qkv: Layout | None = None) -> tuple[Move | Drop, ...]:
     """The map from a library's names.
 
     Args:
@@ -159,15 +173,13 @@ def read_architecture(config: dict[str, Any], path: Path, family: Family) -> Lan
 
 
 def _sliding_window(config: dict[str, Any], path: Path, family: Family) -> int | None:
-    if family.model_type == "llama":
+    kinds = set(config.get("layer_types") or ())
+    if config.get("use_sliding_window") or kinds - {"full_attention"}:  # Qwen2's is for the upper layers
+        raise ValueError(f"{path} asks for a sliding window in some layers only, which is not supported")
+    window = config.get("sliding_window", family.default_sliding_window)
+    if family.model_type != "mistral" or window is None:
         return None
-    if family.model_type == "qwen2":  # the window is for the layers from max_window_layers on
-        if config.get("use_sliding_window"):
-            raise ValueError(f"{path}: use_sliding_window is true; a window in some layers only is not supported")
-        return None
-    if config.get("sliding_window", family.default_sliding_window) is None:
-        return None
-    return int(number({"sliding_window": family.default_sliding_window, **config}, path, "sliding_window"))
+    return int(number({"sliding_window": window}, path, "sliding_window"))
 
 
 def rotary(config: dict[str, Any], path: Path, default_base: float | None) -> tuple[float, RotaryScaling | None]:
@@ -179,34 +191,29 @@ def rotary(config: dict[str, Any], path: Path, default_base: float | None) -> tu
         ValueError: no base, or a scaling that is not supported.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if not isinstance(parameters, dict):
+        raise ValueError(f"{path}: rope_parameters or rope_scaling must hold names and values, not {parameters!r}")
     base: Any = parameters.get("rope_theta", config.get("rope_theta", default_base))
     if isinstance(base, bool) or not isinstance(base, int | float) or base <= 0:
         raise ValueError(
             f"{path}: neither rope_parameters.rope_theta nor rope_theta is a number above 0 (found {base!r}); no base "
             "is assumed, for a wrong one converts without an error and answers nonsense"
         )
+    if parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1):
+        raise ValueError(f"{path}: partial_rotary_factor asks to rotate some channels only, which is not supported")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
         return float(base), None
     if kind not in ("linear", "dynamic", "llama3"):
         raise ValueError(f"{path}: rope_type is {kind!r}; the scalings that are known are linear, dynamic and llama3")
+    rest: dict[str, Any] = {}
     if kind == "llama3":
-        names = ("low_freq_factor", "high_freq_factor")
-        rest = {name: float(number(parameters, path, name, int | float)) for name in names}  # type: ignore[arg-type]
-        trained = number(parameters, path, "original_max_position_embeddings")
-        scaling = RotaryScaling(
-            rope_type="llama3", factor=_factor(parameters, path), original_max_position_embeddings=trained, **rest
-        )
-    else:
-        scaling = RotaryScaling(rope_type=kind, factor=_factor(parameters, path))
-    return float(base), scaling
+        rest = {name: number(parameters, path, name, float) for name in ("low_freq_factor", "high_freq_factor")}
+        rest["original_max_position_embeddings"] = number(parameters, path, "original_max_position_embeddings")
+    return float(base), RotaryScaling(rope_type=kind, factor=number(parameters, path, "factor", float), **rest)
 
 
-def _factor(parameters: dict[str, Any], path: Path) -> float:
-    return float(number(parameters, path, "factor", int | float))  # type: ignore[arg-type]
-
-
-def plan(config: ConverterConfig, family: Family) -> Conversion:
+def plan(config: DecoderConfig, family: Family) -> Conversion:
     """Plan the conversion of a Hugging Face folder.
 
     Raises:
@@ -215,17 +222,46 @@ def plan(config: ConverterConfig, family: Family) -> Conversion:
     path = config.input / "config.json"
     arch = read_architecture(read_json(path), path, family)
     weights = open_folder(config.input)
-    tensors, dropped = apply(weight_map(arch), arch.num_layers, weights, config.dtype)
-    tokenizer = find_tokenizer(config.input, arch.vocab_size)
+    both = ("model.embed_tokens.weight", "lm_head.weight")
+    if arch.share_embeddings_and_output_weights and both[1] in weights.headers and not are_equal(weights, *both):
+        raise ValueError(
+            f"{path} ties {both[1]} to {both[0]}, but the two are there and differ: set tie_word_embeddings to false "
+            "if the model was trained so"
+        )
+    return conversion(config, family, arch, weights, weight_map(arch))
+
+
+def conversion(
+    config: DecoderConfig,
+    family: Family,
+    arch: LanguageArch,
+    weights: Weights,
+    rows: tuple[Move | Drop, ...],
+    *more_notes: str,
+) -> Conversion:
+    """The plan, once the architecture and the map stand.
+
+    Raises:
+        ValueError: the weights or the tokenizer do not fit.
+    """
+    tensors, dropped = apply(rows, arch.num_layers, weights, config.dtype)
+    tokenizer = find_tokenizer(config.tokenizer or config.input, arch.vocab_size)
+    if config.tokenizer and not tokenizer:
+        raise ValueError(f"--tokenizer {config.tokenizer} holds no tokenizer: {', '.join(TOKENIZER_FILES)}")
     return Conversion(
-        architecture=Architecture(language=arch, conversation=family.conversation),
+        architecture=Architecture(language=arch, conversation=config.conversation or family.conversation),
         tensors=tensors,
         dropped=dropped,
         files=weights.files,
         references=(config.input,),
         tokenizer=tokenizer,
-        notes=notes(arch, tokenizer),
+        notes=(*notes(arch, tokenizer), *more_notes),
     )
+
+
+def are_equal(weights: Weights, first: str, second: str) -> bool:
+    """Whether two tensors hold the same values."""
+    return weights.headers[first] == weights.headers[second] and torch.equal(weights.read(first), weights.read(second))
 
 
 def notes(arch: LanguageArch, tokenizer: tuple[Path, ...]) -> tuple[str, ...]:

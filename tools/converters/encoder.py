@@ -169,6 +169,11 @@ def _vision_config(config: dict[str, Any]) -> dict[str, Any]:
     return (config.get("vision_config") or {}) if first is None else first
 
 
+def feature_layer(hidden_state: int, num_layers: int) -> int:
+    """A hidden state as `VisionArch` counts them, from the end; from the start, 0 is what the first layer sees."""
+    return hidden_state if hidden_state < 0 else hidden_state - num_layers - 1
+
+
 def refuse_quantized(config: dict[str, Any], path: Path) -> None:
     """Raise a ValueError if the weights beside a config.json are quantised."""
     if config.get("quantization_config"):

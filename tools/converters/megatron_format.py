@@ -84,7 +84,7 @@ def _widths(architecture: Architecture) -> dict[str, int]:
     return widths
 
 
-def adapted(conversion: "Conversion") -> "Conversion":
+def adapted(conversion: "Conversion", config: "OutputConfig") -> "Conversion":
     """The plan with what Megatron-LM has another way: vision towers in float32, no ln_post where it has none."""
     architecture, dropped = conversion.architecture, Counter(conversion.dropped)
     is_clip = architecture.vision is not None and architecture.vision.model_subtype == "clip"
@@ -97,7 +97,7 @@ def adapted(conversion: "Conversion") -> "Conversion":
             tensors[key] = replace(tensor, dtype=torch.float32, chunks=chunks)
         else:
             tensors[key] = tensor
-    notes = (*conversion.notes, *_notes(architecture))
+    notes = (*conversion.notes, *_notes(architecture, config.tensor_model_parallel_size))
     return replace(conversion, tensors=tensors, dropped=dropped, notes=notes)
 
 
@@ -105,13 +105,15 @@ def _widened(read: Callable[[], Tensor]) -> Tensor:
     return read().float()
 
 
-def _notes(architecture: Architecture) -> Iterable[str]:
-    """What the files cannot tell Megatron-LM."""
+def _notes(architecture: Architecture, ranks: int) -> Iterable[str]:
+    """Lines of the report: what is another way, and what the files cannot tell Megatron-LM."""
     vision, language = architecture.vision, architecture.language
     if vision is not None and vision.feature_layer != -1:
         yield f"Megatron-LM feeds its projector from layer -1, where mmcore does from layer {vision.feature_layer}"
     if language is None:
         return
+    rows = _padded_vocab_size(language.vocab_size, ranks)
+    yield f"vocabulary in {rows} rows in these files: {rows - language.vocab_size} copies of the last one, no zeros"
     options, scaling = [], language.rotary_scaling
     if language.layernorm_epsilon != 1e-5:
         options.append(f"--norm-epsilon {language.layernorm_epsilon:g}")
@@ -219,11 +221,7 @@ def write(
                 path.parent.mkdir(parents=True)
                 files[stage, rank] = stack.enter_context(closing(_RankFile(path, room, rest)))
         for piece in pieces:
-            tensor = piece.read()
-            for rank, part in enumerate(piece.cut(tensor, ranks)):
-                for stage, name in piece.places:
-                    files[stage, rank].fill(name, part)
-            on_bytes(tensor.nbytes)
+            on_bytes(_fill(files, piece, ranks))
     (folder / "latest_checkpointed_iteration.txt").write_text(f"{ITERATION}\n")
 
 
@@ -328,10 +326,19 @@ def _rooms(pieces: list[_Piece], stage: int, ranks: int) -> list[dict[str, Tenso
                 whole = torch.empty(piece.shape, dtype=piece.dtype)
                 for room, part in zip(rooms, piece.cut(whole, ranks), strict=True):
                     room[name] = torch.empty(part.shape, dtype=part.dtype)  # a storage of its own
-                    layer, kind = name.rsplit(".", 1)
+                    layer, _, kind = name.rpartition(".")
                     if kind == "weight" and layer.split(".")[-1] in LINEAR_LAYERS:
                         room[f"{layer}._extra_state"] = None
     return rooms
+
+
+def _fill(files: dict[tuple[int, int], "_RankFile"], piece: _Piece, ranks: int) -> int:
+    """Read a tensor, write it into its places and let it go; returns its bytes."""
+    tensor = piece.read()
+    for rank, part in enumerate(piece.cut(tensor, ranks)):
+        for stage, name in piece.places:
+            files[stage, rank].fill(name, part)
+    return tensor.nbytes
 
 
 class _RankFile:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import consolidated
 import decoder
 from command_line import run
-from conversion import Conversion, ConverterConfig, carry_out
+from conversion import Conversion, carry_out
 
 FAMILY = decoder.Family(
     model_type="mistral",
@@ -21,7 +21,7 @@ FAMILY = decoder.Family(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MistralConfig(ConverterConfig):
+class MistralConfig(decoder.DecoderConfig):
     """Convert a Mistral language model, with its tokenizer."""
 
 
@@ -38,7 +38,7 @@ def plan(config: MistralConfig) -> Conversion:
 
 def convert(config: MistralConfig) -> list[str]:
     """Write the checkpoint; returns lines that tell what was done."""
-    return carry_out(config, plan(config), config.input)
+    return carry_out(config, plan(config), *config.inputs)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import decoder
 from command_line import run
-from conversion import ConverterConfig, carry_out
+from conversion import carry_out
 
 FAMILY = decoder.Family(
     model_type="qwen2",
@@ -18,13 +18,13 @@ FAMILY = decoder.Family(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qwen2Config(ConverterConfig):
+class Qwen2Config(decoder.DecoderConfig):
     """Convert a Qwen2 or Qwen2.5 language model from its Hugging Face folder, with its tokenizer."""
 
 
 def convert(config: Qwen2Config) -> list[str]:
     """Write the checkpoint; returns lines that tell what was done."""
-    return carry_out(config, decoder.plan(config, FAMILY), config.input)
+    return carry_out(config, decoder.plan(config, FAMILY), *config.inputs)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ if __name__ == "__main__":
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -62,6 +63,8 @@ class Outcome:
     """One layout's result."""
 
     layout: ParallelConfig
+    original: str
+    """What ours was compared with."""
     differences: list[Difference]
     """At every place, in the order of the computation."""
 
@@ -70,35 +73,35 @@ class Outcome:
         return max(self.differences, key=lambda difference: difference.error)
 
     def first_above(self, tolerance: float) -> Difference | None:
-        return next((difference for difference in self.differences if not difference.error <= tolerance), None)
+        return next((difference for difference in self.differences if difference.error > tolerance), None)
 
 
-def split_layouts(architecture: Architecture) -> tuple[list[ParallelConfig], dict[ParallelConfig, str]]:
-    """The layouts that the architecture allows, and why it does not the others."""
-    allowed, left_out = [], {}
+def split_layouts(architecture: Architecture) -> tuple[list[ParallelConfig], list[str]]:
+    """The layouts that the architecture allows, and for each of the others why it does not."""
+    allowed, reasons = [], []
     for layout in LAYOUTS:
         try:
             check_layout(architecture, layout)
             allowed.append(layout)
         except ValueError as error:
-            left_out[layout] = str(error)
-    return allowed, left_out
+            reasons.append(f"{layout_name(layout)} left out: {error}")
+    return allowed, reasons
 
 
 def outcomes(
     folder: Path,
     references: Sequence[Path],
     layouts: Sequence[ParallelConfig],
-    timeout: float = 120.0,
-    run_original: Callable[[ReferenceConfig, float], object] | None = None,
-) -> Iterator[Outcome]:
+    timeout: float,
+    run_original: Callable[[ReferenceConfig, float], None],
+) -> Generator[Outcome, None, None]:
     """Run the original, then ours layout by layout.
 
     Args:
         folder: checkpoint.
         references: as `VerifyConfig.reference`.
         timeout: seconds for the original, and for each layout.
-        run_original: other than in a process of its own.
+        run_original: carries the first out within the second, in a process that is gone afterwards.
     Raises:
         ValueError: the original cannot be opened.
         VerificationError: it, or a rank, failed.
@@ -110,18 +113,19 @@ def outcomes(
         probe, theirs = Path(work) / "probe.pt", Path(work) / "theirs"
         torch.save(build_probe(load_architecture(folder)), probe)
         originals = tuple(references) or (_export(folder, Path(work) / "export"),)
-        config = ReferenceConfig(input=originals, checkpoint=folder, probe=probe, output=theirs)
-        (run_original or _run_original)(config, timeout)
-        places = [tuple(place) for place in json.loads((theirs / INDEX).read_text())["places"]]
+        run_original(ReferenceConfig(input=originals, checkpoint=folder, probe=probe, output=theirs), timeout)
+        index = json.loads((theirs / INDEX).read_text())
+        places = [(case, place) for case, place in index["places"]]
         for layout in layouts:
             try:
-                yield Outcome(layout=layout, differences=compare(layout, folder, probe, theirs, places, timeout))
+                found = compare(layout, folder, probe, theirs, places, timeout)
             except (ProcessRaisedException, ProcessExitedException) as error:
-                raise VerificationError(f"{_name(layout)} could not be run: {str(error).strip()}") from None
+                raise VerificationError(f"{layout_name(layout)} could not be run: {str(error).strip()}") from None
+            yield Outcome(layout=layout, original=index["name"], differences=found)
 
 
 def _export(folder: Path, output: Path) -> Path:
-    from export_hf import ExportConfig, convert
+    from export_hf import ExportConfig, convert  # with transformers: seconds that a given original does without
 
     convert(ExportConfig(input=folder, output=output))
     return output
@@ -130,32 +134,35 @@ def _export(folder: Path, output: Path) -> Path:
 def _run_original(config: ReferenceConfig, timeout: float) -> None:
     command = [sys.executable, str(REFERENCE), "--input", *map(str, config.input)]
     command += ["--checkpoint", str(config.checkpoint), "--probe", str(config.probe), "--output", str(config.output)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    del environment["OMP_NUM_THREADS"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["HF_HUB_OFFLINE"] = "1"
     try:
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise TimeoutError(f"the original was not done after {timeout:.0f} seconds; --timeout allows more") from None
     if result.returncode == EXIT_USAGE:
-        raise ValueError(result.stderr.strip().splitlines()[-1].removeprefix(f"{REFERENCE.name}: "))
+        raise ValueError(result.stderr.split(f"{REFERENCE.name}: ", 1)[-1].strip())
     if result.returncode:
         raise VerificationError(f"the original could not be run: {result.stderr.strip()}")
 
 
-def _name(layout: ParallelConfig) -> str:
+def layout_name(layout: ParallelConfig) -> str:
     tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     return f"tensor parallel size {tensor}, pipeline parallel size {pipeline}"
 
 
 def describe(outcome: Outcome, tolerance: float) -> str:
-    """The paragraph of a failure.
-
-    Raises:
-        AssertionError: it is none.
-    """
+    """What a failure says: where it begins, by how much, and how far it was right."""
     first = outcome.first_above(tolerance)
     assert first is not None
-    return f"{first}"
+    before = outcome.differences[: outcome.differences.index(first)]
+    known = f"at most {max(difference.error for difference in before):.1e}" if before else "none, for it is the first"
+    how_much = first.note or f"it differs by {first.error:.1e} of the largest value there"
+    return (
+        f"the checkpoint does not compute what {outcome.original} does. At {layout_name(outcome.layout)}, given "
+        f"{first.case}, {first.place} is the first place that differs by more than {tolerance:.0e}: {how_much}. "
+        f"Differences before it: {known}"
+    )
 
 
 def prove(config: VerifyConfig) -> list[str]:
@@ -164,18 +171,22 @@ def prove(config: VerifyConfig) -> list[str]:
     Raises:
         ValueError: no checkpoint, no such original, or too little memory.
         VerificationError: ours computes something else.
+        TimeoutError: it took too long.
     """
     folder = newest(config.checkpoint)
     architecture = load_architecture(folder)
-    allowed, left_out = split_layouts(architecture)
+    layouts, left_out = split_layouts(architecture)
     check_memory(_num_parameters(folder, architecture))
-    report = []
-    for outcome in outcomes(folder, config.reference, allowed, config.timeout):
-        if outcome.first_above(config.tolerance) is not None:
-            raise VerificationError(describe(outcome, config.tolerance))
-        worst = outcome.worst
-        report.append(f"{_name(outcome.layout)}: {worst.error:.1e} at most ({worst.place}, {worst.case})")
-    return report
+    report: list[str] = []
+    with closing(outcomes(folder, config.reference, layouts, config.timeout, _run_original)) as found:
+        for outcome in found:
+            if outcome.first_above(config.tolerance) is not None:
+                agreed = f". These agreed: {'; '.join(report)}" if report else ""
+                raise VerificationError(describe(outcome, config.tolerance) + agreed)
+            worst = outcome.worst
+            report.append(f"{layout_name(outcome.layout)}: {worst.error:.1e}, at {worst.place}")
+    title = f"computes what {outcome.original} does; largest difference anywhere, relative to the largest value there:"
+    return [title, *(f"  {line}" for line in (*report, *left_out, *unreached(architecture)))]
 
 
 def _num_parameters(folder: Path, architecture: Architecture) -> int:
@@ -184,12 +195,8 @@ def _num_parameters(folder: Path, architecture: Architecture) -> int:
         VISION_PROJECTION: architecture.vision_projection,
         LANGUAGE_MODEL: architecture.language,
     }
-    return sum(
-        len(tensor.chunks) * torch.Size(tensor.shape).numel()
-        for module, part in parts.items()
-        if part is not None
-        for tensor in stored_tensors(folder, module).values()
-    )
+    tensors = [stored_tensors(folder, module) for module, part in parts.items() if part is not None]
+    return sum(tensor.num_bytes // tensor.dtype.itemsize for part in tensors for tensor in part.values())
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def export(
             problems.append(f"wrong shape: {key} is {list(tensor.global_shape)}, the architecture has {list(shape)}")
             continue
         wanted = tensor.dtype if dtype == "keep" else getattr(torch, dtype)
-        if torch.finfo(wanted).max < torch.finfo(tensor.dtype).max:
+        if _loses_range(tensor.dtype, wanted):
             problems.append(_range_lost(key, tensor.dtype, wanted))
             continue
         for layer, names in enumerate(chunks):
@@ -201,9 +201,19 @@ def _problems(name: str, shape: tuple[int, ...], weights: Weights, dtype: Dtype)
         return [f"wrong shape: {name} is {list(header.shape)}, the architecture has {list(shape)}"]
     if header.dtype not in FLOATING:
         return [f"wrong dtype: {name} is {header.dtype}; quantised weights cannot be converted"]
-    if dtype != "keep" and torch.finfo(getattr(torch, dtype)).max < torch.finfo(header.dtype).max:
+    if dtype != "keep" and _loses_range(header.dtype, getattr(torch, dtype)):
         return [_range_lost(name, header.dtype, getattr(torch, dtype))]
     return []
+
+
+def _loses_range(held: torch.dtype, wanted: torch.dtype) -> bool:
+    """Told by the exponents: the largest numbers of bfloat16 and float32 differ by rounding alone."""
+    return torch.finfo(wanted).smallest_normal > torch.finfo(held).smallest_normal
+
+
+def _loses_range(held: torch.dtype, wanted: torch.dtype) -> bool:
+    # By the smallest values: bfloat16 has the exponents of float32, but its largest value is a little below.
+    return torch.finfo(wanted).smallest_normal > torch.finfo(held).smallest_normal
 
 
 def _range_lost(name: str, held: torch.dtype, wanted: torch.dtype) -> str:

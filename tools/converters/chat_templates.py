@@ -1,0 +1,201 @@
+"""Conversations as Jinja templates: what serving engines make of messages, token by token as in training.
+
+A message's content is a text, with <image> where a picture stands, or a list of {"type": "image"} and
+{"type": "text", "text": ...}. The engines tokenise the whole conversation at once: a text that spells a
+control token makes one there, though never in training.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatTemplate:
+    """One row of `TEMPLATES`."""
+
+    jinja: str
+    """CONTENT stands for what puts the message's content into content.text, GLUE for `written`'s."""
+    content: str
+    control: tuple[str, ...] = ()
+    """Tokens that the tokenizer must have."""
+
+    def written(self, glue: str) -> str:
+        """The template for a tokenizer.
+
+        Args:
+            glue: what has to stand before a text that follows a control token, so that its tokens are
+                those of the text alone.
+        """
+        lines = self.jinja.replace("CONTENT", self.content).replace("GLUE", repr(glue)).splitlines()
+        return "".join(line.strip() for line in lines)
+
+
+# Pictures stand where they are in the message.
+_IN_PLACE = """
+{%- if message['content'] is string -%}
+    {%- set content.text = message['content'] -%}
+{%- else -%}
+    {%- set content.text = '' -%}
+    {%- for item in message['content'] -%}
+        {%- if item['type'] == 'image' -%}
+            {%- set content.text = content.text + '<image>' -%}
+        {%- elif item['type'] == 'text' -%}
+            {%- set content.text = content.text + item['text'] -%}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endif -%}
+"""
+
+# Pictures stand before the text, each on a line of its own, as in LLaVA's data.
+_PICTURES_FIRST = """
+{%- if message['content'] is string -%}
+    {%- set content.text = message['content'] -%}
+{%- else -%}
+    {%- set content.text = '' -%}
+    {%- for item in message['content'] -%}
+        {%- if item['type'] == 'image' -%}
+            {%- set content.text = content.text + '<image>\\n' -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {%- for item in message['content'] -%}
+        {%- if item['type'] == 'text' -%}
+            {%- set content.text = content.text + item['text'] -%}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endif -%}
+"""
+
+# As mmcore.data.conversation.plain: what the user asks is dropped, and the last answer counts.
+_PLAIN = """
+{%- set content = namespace(text='', answer='') -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    CONTENT
+    {%- for picture in content.text.split('<image>')[1:] -%}
+        {{- '<image>' -}}
+    {%- endfor -%}
+    {%- if message['role'] == 'assistant' -%}
+        {%- set content.answer = content.text -%}
+    {%- endif -%}
+{%- endfor -%}
+{%- if content.answer -%}
+    {{- GLUE + content.answer + eos_token -}}
+{%- endif -%}
+"""
+
+# As mmcore.data.conversation.mistral_instruct, down to the line breaks that go with an image tag.
+_MISTRAL_INSTRUCT = """
+{%- set content = namespace(text='', system='', last=-1) -%}
+{%- for message in messages -%}
+    CONTENT
+    {%- if message['role'] == 'system' -%}
+        {%- set content.system = content.system + content.text + '\\n\\n' -%}
+    {%- elif message['role'] == 'user' -%}
+        {%- set content.last = loop.index0 -%}
+    {%- endif -%}
+{%- endfor -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    CONTENT
+    {%- if message['role'] == 'user' -%}
+        {{- '[INST]' -}}
+        {%- set content.text = content.text.replace('<image>\\n', '<image>').replace('\\n<image>', '<image>') -%}
+        {%- if loop.index0 == content.last -%}
+            {%- set content.text = content.system + content.text -%}
+        {%- endif -%}
+        {%- for stretch in content.text.split('<image>') -%}
+            {%- if not loop.first -%}
+                {{- '<image>' -}}
+            {%- endif -%}
+            {%- if stretch -%}
+                {{- GLUE + stretch -}}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- '[/INST]' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {%- set content.text = content.text.rstrip(' ') -%}
+        {%- if content.text -%}
+            {{- GLUE + content.text -}}
+        {%- endif -%}
+        {{- eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+# haotian-liu/LLaVA llava/conversation.py, conv_vicuna_v1.
+_VICUNA_V1 = """
+{%- set content = namespace(text='') -%}
+{{- bos_token -}}
+{%- if messages[0]['role'] != 'system' -%}
+    {{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
+    {{- 'The assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    CONTENT
+    {%- if message['role'] == 'system' -%}
+        {{- content.text + ' ' -}}
+    {%- elif message['role'] == 'user' -%}
+        {{- 'USER: ' + content.text + ' ' -}}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- 'ASSISTANT: ' + content.text + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- 'ASSISTANT:' -}}
+{%- endif -%}
+"""
+
+# meta-llama/llama llama/generation.py, chat_completion.
+_LLAMA2_CHAT = """
+{%- set content = namespace(text='', system='') -%}
+{%- for message in messages -%}
+    CONTENT
+    {%- if message['role'] == 'system' -%}
+        {%- set content.system = '<<SYS>>\\n' + content.text + '\\n<</SYS>>\\n\\n' -%}
+    {%- elif message['role'] == 'user' -%}
+        {{- bos_token + '[INST] ' + (content.system + content.text).strip() + ' [/INST]' -}}
+        {%- set content.system = '' -%}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ' + content.text.strip() + ' ' + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
+# meta-llama/llama3 llama/tokenizer.py, ChatFormat.
+_LLAMA3 = """
+{%- set content = namespace(text='') -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    CONTENT
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
+    {{- content.text.strip() + '<|eot_id|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+{%- endif -%}
+"""
+
+# openai/openai-python chatml.md.
+_CHATML = """
+{%- set content = namespace(text='') -%}
+{%- for message in messages -%}
+    CONTENT
+    {{- '<|im_start|>' + message['role'] + '\\n' + content.text + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+# By the names of Architecture.conversation.
+TEMPLATES = {
+    "plain": ChatTemplate(jinja=_PLAIN, content=_IN_PLACE),
+    "mistral_instruct": ChatTemplate(jinja=_MISTRAL_INSTRUCT, content=_IN_PLACE, control=("[INST]", "[/INST]")),
+    "vicuna_v1": ChatTemplate(jinja=_VICUNA_V1, content=_PICTURES_FIRST),
+    "llama2_chat": ChatTemplate(jinja=_LLAMA2_CHAT, content=_PICTURES_FIRST),
+    "llama3": ChatTemplate(
+        jinja=_LLAMA3,
+        content=_PICTURES_FIRST,
+        control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
+    "chatml": ChatTemplate(jinja=_CHATML, content=_PICTURES_FIRST, control=("<|im_start|>", "<|im_end|>")),
+}

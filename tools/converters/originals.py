@@ -1,0 +1,284 @@
+"""The originals: each kind of folder or file that a converter takes, as its own library builds and runs it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joined_llava
+import meta_llama
+import torch
+from torch import Tensor, nn
+from weight_files import Weights, open_file, open_folder, read_json
+
+from mmcore.models.architecture import Architecture
+
+Layers = Sequence[nn.Module] | nn.ModuleList
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """A model of another library: what to run and where to look."""
+
+    name: str
+    tower: nn.Module | None = None
+    """Takes images [n, 3, h, w]."""
+    tower_layers: Layers = ()
+    read: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """Tokens int64 [b, s], bool [b, s] where an image embedding goes, images or None -> logits [b, s, v]."""
+    language_layers: Layers = ()
+    norm: nn.Module | None = None
+    """The norm after the last layer."""
+    projector: nn.Module | None = None
+
+
+# Classes of transformers by the model_type of config.json.
+DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+TOWERS = {name: kind for kind in ("CLIP", "Siglip") for name in (kind.lower(), f"{kind.lower()}_vision_model")}
+# Remote code, which is never run: LLaMA's computation with q, k and v in one matrix.
+FUSED_LLAMA = ("internlm2", "moss2", "llava_moss2")
+
+
+def open_original(paths: Sequence[Path], architecture: Architecture) -> Original:
+    """Build the original model, in fp32.
+
+    Args:
+        paths: as reference.py takes them.
+        architecture: of the checkpoint, for sizes that a mere file of weights does not tell.
+    Raises:
+        ValueError: it is of no kind that is known, incomplete, or a path is missing or too many.
+    """
+    path, *others = paths
+    is_folder = (path / "config.json").is_file()
+    config = read_json(path / "config.json") if is_folder else {}
+    kind = config.get("model_type")
+    if "mm_vision_tower" in config and kind not in FUSED_LLAMA:
+        if len(others) != 1:
+            raise ValueError(
+                f"{path} is an original LLaVA's folder, which has no vision tower: give two paths, this folder and "
+                f"the tower ({config['mm_vision_tower']})"
+            )
+        return _joined_llava(path, config, others[0], architecture)
+    if others:
+        raise ValueError(f"{path} is a whole original: leave out {', '.join(map(str, others))}")
+    if kind in DECODERS:
+        return _decoder(_pretrained(DECODERS[kind], path), f"transformers' {DECODERS[kind]}")
+    if kind in TOWERS:
+        return _tower(path, TOWERS[kind])
+    if kind == "llava":
+        return _llava(path)
+    if kind in FUSED_LLAMA:
+        return _fused_llama(path, config)
+    if is_folder:
+        known = ", ".join([*DECODERS, *TOWERS, "llava", *FUSED_LLAMA])
+        raise ValueError(f"{path}: model_type is {kind!r}; the originals that can be run are {known}")
+    if (path / "params.json").is_file():
+        return _meta_llama(path, architecture)
+    if path.is_file() or (path / "open_clip_config.json").is_file():
+        return _open_clip(path, architecture)
+    raise ValueError(
+        f"{path} is no original that can be run: expected a folder with config.json, params.json or "
+        "open_clip_config.json, or a file of CLIP's weights"
+    )
+
+
+def _pretrained(name: str, folder: Path, **options: Any) -> Any:
+    """A model of transformers.
+
+    Raises:
+        ValueError: a tensor is missing, which transformers would make up.
+    """
+    import transformers
+
+    model, report = getattr(transformers, name).from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ValueError(f"{folder} is incomplete for transformers' {name}: it lacks {', '.join(missing)}")
+    return model.eval()
+
+
+def _decoder(model: Any, name: str) -> Original:
+    return Original(
+        name=name,
+        read=lambda tokens, *_: model(input_ids=tokens, use_cache=False).logits,
+        language_layers=model.model.layers,
+        norm=model.model.norm,
+    )
+
+
+def _tower(folder: Path, kind: str) -> Original:
+    import transformers
+
+    name = f"{kind}VisionModel"
+    config = getattr(transformers, f"{kind}VisionConfig").from_pretrained(folder)
+    config.vision_use_head = False  # SigLIP's: ours has none, and leaves without
+    model = _pretrained(name, folder, config=config)
+    return Original(name=f"transformers' {name}", tower=model, tower_layers=model.encoder.layers)
+
+
+def _llava(folder: Path) -> Original:
+    name = "LlavaForConditionalGeneration"
+    model = _pretrained(name, folder)
+    vision, language = model.model.vision_tower, model.model.language_model
+
+    def read(tokens: Tensor, is_image: Tensor, images: Tensor | None) -> Tensor:
+        # Whatever id the image token has, it is replaced: one that the text lacks will do.
+        used = set(tokens.flatten().tolist())
+        model.config.image_token_id = next(token for token in range(len(used) + 1) if token not in used)
+        tokens = tokens.masked_fill(is_image, model.config.image_token_id)
+        return model(input_ids=tokens, pixel_values=images, use_cache=False).logits
+
+    return Original(
+        name=f"transformers' {name}",
+        tower=vision,
+        tower_layers=vision.encoder.layers,
+        read=read,
+        language_layers=language.layers,
+        norm=language.norm,
+        projector=model.model.multi_modal_projector,
+    )
+
+
+def _fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Give every parameter its value, one at a time."""
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(read(name))
+
+
+def _fused_llama(folder: Path, config: dict[str, Any]) -> Original:
+    """InternLM2: LLaMA, whose `wqkv` has for every key-value head its query heads, its key and its value."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    scaling = dict(config.get("rope_scaling") or {"type": "default"})
+    scaling |= {"rope_type": scaling.pop("type", scaling.get("rope_type")), "rope_theta": config.get("rope_theta", 1e4)}
+    known = {name: config[name] for name in names if name in config}
+    equivalent = LlamaConfig(**known, rope_parameters=scaling, attn_implementation="eager")
+    with torch.device("meta"):  # else random weights are drawn first, which takes minutes
+        model = LlamaForCausalLM(equivalent)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(equivalent)  # its frequencies are no weights
+    model.tie_weights()
+    weights = open_folder(folder)
+    per_group = equivalent.num_attention_heads // equivalent.num_key_value_heads
+
+    def read(name: str) -> Tensor:
+        for theirs, ours in FUSED_NAMES.items():
+            name = name.replace(theirs, ours)
+        if ".self_attn." not in name:
+            return weights.read(name)
+        layer, part = name.split(".self_attn.")
+        fused = weights.read(f"{layer}.attention.wqkv.weight")
+        heads = fused.unflatten(0, (equivalent.num_key_value_heads, per_group + 2, -1))
+        parts = {"q": heads[:, :per_group], "k": heads[:, per_group], "v": heads[:, per_group + 1]}
+        return parts[part[0]].reshape(-1, fused.shape[1])
+
+    _fill(model, read)
+    return _decoder(model.eval(), "transformers' LlamaForCausalLM, its q, k and v split out of wqkv")
+
+
+# Names of transformers' LLaMA in InternLM2's.
+FUSED_NAMES = {
+    "embed_tokens": "tok_embeddings",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "lm_head": "output",
+}
+
+
+def _meta_llama(folder: Path, architecture: Architecture) -> Original:
+    from consolidated import open_consolidated
+
+    if architecture.language is None:
+        raise ValueError(f"{folder} is a language model, and the checkpoint has none")
+    weights = open_consolidated(folder)
+    shapes = {name: header.shape for name, header in weights.headers.items()}
+    sizes = meta_llama.read_sizes(read_json(folder / "params.json"), shapes, architecture.language)
+    with torch.device("meta"):
+        model = meta_llama.MetaLlama(sizes)
+    model.to_empty(device="cpu")
+    _fill(model, weights.read)
+    return Original(
+        name="LLaMA in plain torch",
+        read=lambda tokens, *_: model(tokens),
+        language_layers=model.layers,
+        norm=model.norm,
+    )
+
+
+def _open_clip(path: Path, architecture: Architecture) -> Original:
+    """OpenAI's CLIP or one of open_clip's: in open_clip they are the same."""
+    from open_clip.model import _build_vision_tower
+
+    weights, sizes, quick_gelu = _open_clip_weights(path, architecture)
+    width = weights.headers["visual.proj"].shape[1] if "visual.proj" in weights.headers else 1
+    model = _build_vision_tower(width, sizes, quick_gelu)
+    names = {name.removeprefix("visual."): name for name in weights.headers if name.startswith("visual.")}
+    missing = model.state_dict().keys() - names.keys() - {"proj"}
+    if missing or names.keys() - model.state_dict().keys():
+        raise ValueError(f"{path} does not fit open_clip's VisionTransformer: {sorted(missing)}")
+    model.load_state_dict({short: weights.read(name) for short, name in names.items()}, strict=False)
+    return Original(name="open_clip's VisionTransformer", tower=model.eval(), tower_layers=model.transformer.resblocks)
+
+
+def _open_clip_weights(path: Path, architecture: Architecture) -> tuple[Weights, dict[str, Any], bool]:
+    if path.is_dir():
+        config = read_json(path / "open_clip_config.json")["model_cfg"]
+        files = sorted(file for file in path.glob("open_clip_*") if file.suffix in (".safetensors", ".bin"))
+        if not files:
+            raise ValueError(f"{path} holds no weights of open_clip")
+        return open_file(files[-1]), config["vision_cfg"], bool(config.get("quick_gelu"))
+    vision = architecture.vision
+    if vision is None:
+        raise ValueError(f"{path} is a vision tower, and the checkpoint has none")
+    sizes = {
+        "image_size": vision.image_size,
+        "layers": vision.num_layers,
+        "width": vision.hidden_size,
+        "head_width": vision.hidden_size // vision.num_attention_heads,
+        "mlp_ratio": (vision.ffn_hidden_size + 0.5) / vision.hidden_size,  # the product is cut to an integer
+        "patch_size": vision.patch_dim,
+    }
+    return open_file(path), sizes, vision.activation == "quick_gelu"
+
+
+def _joined_llava(folder: Path, config: dict[str, Any], tower: Path, architecture: Architecture) -> Original:
+    import transformers
+
+    kind = str(config["model_type"]).replace("llava_", "").replace("llava", "llama")
+    if kind not in DECODERS:
+        raise ValueError(f"{folder}: model_type is {config['model_type']!r}, whose language model is not known here")
+    own = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    settings = getattr(transformers, DECODERS[kind].replace("ForCausalLM", "Config"))(**own)
+    language = _pretrained(DECODERS[kind], folder, config=settings)
+    weights, vision = open_folder(folder), open_original([tower], architecture)
+    assert vision.tower is not None
+    if read := joined_llava.tuned_tower(weights):
+        if not hasattr(vision.tower, "config"):
+            raise ValueError(f"{folder} holds a vision tower of transformers: give the folder of one, not {tower}")
+        _fill(vision.tower, read)
+    if not any(joined_llava.PROJECTOR in name for name in weights.headers):
+        weights = open_file(folder / "mm_projector.bin")
+    projector = joined_llava.read_projector(weights)
+    has_class_token = any(name.endswith("class_embedding") for name, _ in vision.tower.named_parameters())
+    model = joined_llava.JoinedLlava(vision.tower, vision.tower_layers, projector, language, config, has_class_token)
+    return Original(
+        name=f"LLaVA of {vision.name} and transformers' {DECODERS[kind]}",
+        tower=vision.tower,
+        tower_layers=vision.tower_layers,
+        read=model,
+        language_layers=language.model.layers,
+        norm=language.model.norm,
+        projector=projector,
+    )
