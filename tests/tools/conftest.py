@@ -107,7 +107,7 @@ def build_llava(tower: type, language: type, **changes: object) -> LlavaForCondi
         "rope_parameters": {"rope_type": "default", "rope_theta": 20000.0},
         **changes.pop("text", {}),
     }
-    vision = _vision_config(hidden_size=48, **changes.pop("vision", {}))
+    vision = _vision_config(**{"hidden_size": 48, **changes.pop("vision", {})})
     config = LlavaConfig(vision_config=tower(**vision), text_config=language(**text), image_token_index=150, **changes)
     return _moderate(LlavaForConditionalGeneration(config))
 

@@ -23,14 +23,14 @@ def check(checkpoint: Path, *references: Path) -> float:
     allowed, left_out = verify.split_layouts(load_architecture(checkpoint))
     assert not left_out, left_out
     worst = 0.0
-    with closing(verify.outcomes(checkpoint, references, allowed, 120.0, _forked)) as outcomes:
+    with closing(verify.outcomes(checkpoint, references, allowed, 120.0, run_original)) as outcomes:
         for outcome in outcomes:
             assert outcome.first_above(TOLERANCE) is None, verify.describe(outcome, TOLERANCE)
             worst = max(worst, outcome.worst.error)
     return worst
 
 
-def _forked(config: reference.ReferenceConfig, timeout: float) -> None:
+def run_original(config: reference.ReferenceConfig, timeout: float) -> None:
     """In a child, which takes the threads that transformers reads weights with along when it ends."""
     context = start_processes(_record, (config,), nprocs=1, join=False, start_method="fork")
     assert context is not None

@@ -1,5 +1,6 @@
 """combine.py, and what megatron-core makes of its checkpoints at several layouts."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -155,3 +156,99 @@ def test_megatron_core_cuts_it(towers: CombineConfig) -> None:
         for layer in range(2):
             wanted = whole[f"language_model.decoder.layers.{first + layer}.{name}"]
             assert torch.equal(stage[f"language_model.decoder.layers.{layer}.{name}"], wanted)
+
+
+def projector_file(folder: Path, prefix: str, shapes: dict[str, tuple[int, ...]]) -> tuple[Path, State]:
+    torch.manual_seed(3)
+    state = {name: torch.randn(shape).half() for name, shape in shapes.items()}
+    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()}, folder / "mm_projector.bin")
+    return folder / "mm_projector.bin", state
+
+
+MLP = {"0.weight": (40, 64), "0.bias": (40,), "2.weight": (48, 40), "2.bias": (48,)}
+
+
+@pytest.mark.parametrize("prefix", ["mm_projector.", "model.mm_projector.", "base_model.model.model.mm_projector."])
+@pytest.mark.parametrize(
+    ("shapes", "names"),
+    [
+        (MLP, ("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight", "linear_fc2.bias")),
+        ({"0.weight": (48, 64), "2.weight": (48, 48)}, ("linear_fc1.weight", "linear_fc2.weight")),
+        ({"weight": (48, 64), "bias": (48,)}, ("weight", "bias")),
+        ({"weight": (48, 64)}, ("weight",)),
+    ],
+)
+def test_a_trained_projector(
+    towers: CombineConfig,
+    read_checkpoint: Callable[[Path], State],
+    prefix: str,
+    shapes: dict[str, tuple[int, ...]],
+    names: tuple[str, ...],
+) -> None:
+    path, state = projector_file(towers.output.parent, prefix, shapes)
+    convert(replace(towers, projector_weights=path))
+    found = read_checkpoint(towers.output)
+    assert {key for key in found if key.startswith("vision_projection.")} == {
+        f"vision_projection.encoder.{name}" for name in names
+    }
+    for name, tensor in zip(names, state.values(), strict=True):
+        ours = found[f"vision_projection.encoder.{name}"]
+        assert ours.dtype == torch.float16 and torch.equal(ours, tensor), name
+    arch = load_architecture(towers.output)
+    assert arch.vision_projection is not None and arch.sources[-1]["file"] == "mm_projector.bin"
+    assert arch.vision_projection.add_bias_linear == any("bias" in name for name in names)
+    assert arch.vision_projection.ffn_hidden_size == (shapes["0.weight"][0] if "0.weight" in shapes else 0)
+
+
+def test_what_a_projectors_file_holds_beside_it(towers: CombineConfig) -> None:
+    path, _ = projector_file(towers.output.parent, "model.mm_projector.", MLP)
+    torch.save(torch.load(path, weights_only=True) | {"model.embed_tokens.weight": torch.ones(2, 48)}, path)
+    report = convert(replace(towers, projector_weights=path))
+    assert any("left out 1: not the projector's" in line for line in report)
+    assert any("projector of mm_projector.bin: " in line for line in report)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "messages"),
+    [
+        (
+            {**MLP, "0.weight": (40, 63), "2.bias": (47,)},
+            {},
+            [r"2 differences", r"wrong shape: 0.weight is \[40, 63\], .* \[40, 64\]", r"wrong shape: 2.bias is \[47\]"],
+        ),
+        ({"0.weight": (40, 64), "0.bias": (40,), "2.weight": (48, 40)}, {}, [r"missing: 2.bias \[48\]"]),
+        ({**MLP, "4.weight": (48, 48), "4.bias": (48,)}, {}, ["known are one linear layer and mlp2x_gelu"]),
+        (MLP, {"projector_ffn_hidden_size": 40}, ["has its own width and bias"]),
+        (MLP, {"projector_bias": "true"}, ["has its own width and bias"]),
+    ],
+)
+def test_projectors_that_do_not_fit(
+    towers: CombineConfig, shapes: dict[str, tuple[int, ...]], options: dict[str, object], messages: list[str]
+) -> None:
+    path, _ = projector_file(towers.output.parent, "mm_projector.", shapes)
+    with pytest.raises(ValueError) as raised:
+        convert(replace(towers, projector_weights=path, **options))
+    for message in messages:
+        assert re.search(message, str(raised.value))
+    assert not towers.output.exists()
+
+
+def test_a_file_without_a_projector(towers: CombineConfig, clip_file: Path) -> None:
+    with pytest.raises(ValueError, match="its mm_projector has no tensors"):
+        convert(replace(towers, projector_weights=clip_file))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_biased"),
+    [
+        ({"projector": "mlp2x_gelu", "projector_bias": "false"}, False),
+        ({"projector": "megatron_mlp", "projector_bias": "true"}, True),
+        ({"projector": "linear", "projector_bias": "false"}, False),
+    ],
+)
+def test_the_bias_by_option(
+    towers: CombineConfig, read_checkpoint: Callable[[Path], State], options: dict[str, object], is_biased: bool
+) -> None:
+    convert(replace(towers, **options))
+    names = [key for key in read_checkpoint(towers.output) if key.startswith("vision_projection.")]
+    assert any(name.endswith("bias") for name in names) == is_biased

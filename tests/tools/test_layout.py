@@ -1,7 +1,7 @@
 """The layout operations, against indices written out."""
 
 import torch
-from layout import as_token, group_qkv, group_stacked_qkv, keep, pad_rows, stack_rows
+from layout import as_token, group_interleaved_qkv, group_qkv, group_stacked_qkv, keep, pad_rows, stack_rows
 
 
 def test_grouped_queries_stand_before_their_key_and_value() -> None:
@@ -15,6 +15,20 @@ def test_grouped_queries_stand_before_their_key_and_value() -> None:
 def test_stacked_projections_are_interleaved_by_head() -> None:
     qkv = torch.arange(12)  # two heads of two channels: q 0..3, k 4..7, v 8..11
     assert group_stacked_qkv(2).pack(qkv).tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+
+
+def test_even_channels_of_queries_and_keys_go_before_odd_ones() -> None:
+    # Four query heads, two groups, six channels: a row is named by its head and its channel.
+    query = torch.tensor([10 * head + channel for head in (1, 2, 3, 4) for channel in range(6)])
+    key, value = (
+        torch.tensor([10 * head + channel for head in two for channel in range(6)]) for two in ((5, 6), (7, 8))
+    )
+    halves = [0, 2, 4, 1, 3, 5]
+    wanted = []
+    for heads, kept in (((1, 2, 5), 7), ((3, 4, 6), 8)):
+        wanted += [10 * head + channel for head in heads for channel in halves]
+        wanted += [10 * kept + channel for channel in range(6)]
+    assert group_interleaved_qkv(4, 2).pack(query, key, value).tolist() == wanted
 
 
 def test_rows() -> None:
@@ -33,6 +47,7 @@ def test_every_layout_goes_back() -> None:
         (stack_rows, [(4, 2), (4, 2)]),
         (group_qkv(6, 2), [(24, 5), (8, 5), (8, 5)]),
         (group_qkv(6, 2), [(24,), (8,), (8,)]),
+        (group_interleaved_qkv(6, 2), [(36, 5), (12, 5), (12, 5)]),
         (group_stacked_qkv(3), [(18, 6)]),
         (pad_rows(5, 8), [(5, 2)]),
     ):

@@ -4,7 +4,10 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import decoder
+import mistral as mistral_py
 import pytest
 import torch
 from mistral import MistralConfig, convert
@@ -12,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer
 from tokenizer_files import tokenizer_size
 from torch import Tensor
+from transformers import MistralForCausalLM
 
 from mmcore.models.architecture import LanguageArch, load_architecture
+from mmcore.models.presets import LANGUAGE
+from tests.tools import parity
 
 State = dict[str, Tensor]
 ARCH = LanguageArch(
@@ -28,6 +34,55 @@ ARCH = LanguageArch(
     rotary_base=1e6,
     layernorm_epsilon=1e-6,
 )
+
+
+# config.json as published.
+MISTRAL_7B_V01: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0.dev0",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+MISTRAL_7B_V02 = {**MISTRAL_7B_V01, "attention_dropout": 0.0, "rope_theta": 1000000.0, "sliding_window": None}
+
+
+@pytest.mark.parametrize(
+    ("content", "preset"),
+    [
+        (MISTRAL_7B_V01, "mistral_7b_v01"),
+        (MISTRAL_7B_V02, "mistral_7b_v02"),
+        ({**MISTRAL_7B_V02, "vocab_size": 32768}, "mistral_7b_v03"),
+        ({**MISTRAL_7B_V02, "vocab_size": 32768, "head_dim": None}, "mistral_7b_v03"),
+    ],
+)
+def test_published_configurations(content: dict[str, Any], preset: str) -> None:
+    assert decoder.read_architecture(content, Path("config.json"), mistral_py.FAMILY) == LANGUAGE[preset]
+
+
+@pytest.mark.parametrize("changes", [{}, {"head_dim": 16}, {"sliding_window": 12}])
+def test_it_computes_what_transformers_computes(
+    tmp_path: Path, language: Callable[..., torch.nn.Module], changes: dict[str, Any]
+) -> None:
+    """The window is shorter than the texts of the comparison."""
+    language(MistralForCausalLM, **changes).save_pretrained(tmp_path / "hf")
+    convert(config(tmp_path / "hf"))
+    assert parity.check(tmp_path / "language", tmp_path / "hf") < 2e-5
 
 
 def config(folder: Path) -> MistralConfig:
@@ -131,6 +186,8 @@ def test_channels_of_a_head_follow_from_the_width(tmp_path: Path, mistral: Calla
     [
         ({"rope_parameters": "gone"}, "no base is assumed"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type is 'yarn'"),
+        ({"sliding_window": 0}, "'sliding_window' must be a number above 0"),
+        ({"sliding_window": [128, None]}, "'sliding_window' must be a number above 0"),
         ({"model_type": "mixtral"}, "model_type is 'mixtral'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"num_key_value_heads": "gone"}, "'num_key_value_heads' must be a number above 0"),

@@ -138,13 +138,26 @@ def write_checkpoint(
     (folder / _FORMAT_FILE).write_text(json.dumps(_FORMAT))
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds what converters write."""
+    return (folder / MODEL_FILE).is_file()
+
+
 @contextmanager
-def new_folder(output: Path, overwrite: bool, *inputs: Path) -> Iterator[Path]:
+def new_folder(
+    output: Path,
+    overwrite: bool,
+    *inputs: Path,
+    what: str = "a checkpoint",
+    is_one: Callable[[Path], bool] = is_checkpoint,
+) -> Iterator[Path]:
     """A folder to write into that gets the name `output` when all went well, and vanishes when not.
 
     Args:
-        overwrite: whether a checkpoint that is there already is replaced; anything else never is.
+        overwrite: whether one that is there already is replaced; anything else never is.
         inputs: what is read meanwhile, and must not be replaced.
+        what: is written, for messages.
+        is_one: tells it from all else.
     Raises:
         ValueError: `output` is taken.
     """
@@ -153,10 +166,10 @@ def new_folder(output: Path, overwrite: bool, *inputs: Path) -> Iterator[Path]:
         if path.resolve().is_relative_to(output):
             raise ValueError(f"--output {output} would replace the input {path}: choose another folder")
     is_taken = output.exists() and not (output.is_dir() and not any(output.iterdir()))
-    if is_taken and not (output / MODEL_FILE).is_file():
-        raise ValueError(f"--output {output} exists and is not a checkpoint: choose another folder, or remove it")
+    if is_taken and not is_one(output):
+        raise ValueError(f"--output {output} exists and is not {what}: choose another folder, or remove it")
     if is_taken and not overwrite:
-        raise ValueError(f"--output {output} holds a checkpoint: choose another folder, or replace it by --overwrite")
+        raise ValueError(f"--output {output} holds {what}: choose another folder, or replace it by --overwrite")
     output.parent.mkdir(parents=True, exist_ok=True)
     partial_output, old = (output.with_name(f".{output.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
     partial_output.mkdir()

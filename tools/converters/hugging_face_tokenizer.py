@@ -11,16 +11,19 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece_tokenizer import convert_sentencepiece
 from tokenizer_files import SENTENCEPIECE_FILES, TOKENIZER_FILES
 from tokenizers import AddedToken, Tokenizer
+from weight_files import read_json
 
 from mmcore.constants import IMAGE_TAG
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-# The place for a template, and the one that older engines look at.
-TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+TEMPLATE_FILE, OLD_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"  # engines look at one or the other
 
 # Reads tokenizer.json as it stands. LlamaTokenizer, which most folders name, is made anew from the
 # vocabulary by transformers 5, and then has other spaces after control tokens.
 _CLASS = "PreTrainedTokenizerFast"
+
+# What mmcore.data.tokenizer takes where no configuration names them.
+_ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 # With spaces and line breaks, where tokenizers differ.
 _PROBES = ("What is it?", " It is\na  picture", "\n1. Gr\u00fc\u00dfe, \u732b!\n\n", "a")
@@ -28,61 +31,143 @@ _PROBES = ("What is it?", " It is\na  picture", "\n1. Gr\u00fc\u00dfe, \u732b!\n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportTokenizer:
-    """A tokenizer's files, ready to be written."""
+    """A tokenizer and its files, to be written as they are."""
 
     files: dict[str, bytes]
-    """By name; tokenizer.json and tokenizer_config.json are always among them."""
+    tokenizer: Tokenizer
+    """Of tokenizer.json."""
+    config: dict[str, Any]
+    """Of tokenizer_config.json."""
     encode: Callable[[str], list[int]]
     """Ids of a text in training."""
 
-    def json(self, name: str) -> dict[str, Any]:
-        return json.loads(self.files[name])
-
-    def with_files(self, **changes: dict[str, Any]) -> "ExportTokenizer":
-        """The same with other contents of JSON files, whose names come without their ending."""
-        return replace(self, files=self.files | {f"{name}.json": _bytes(content) for name, content in changes.items()})
-
     @property
     def special_ids(self) -> dict[str, int | None]:
-        """`bos_token_id`, `eos_token_id` and `pad_token_id`."""
-        tokenizer, config = _parsed(self.files[TOKENIZER_FILE]), self.json(CONFIG_FILE)
-        names = {name: _text(config.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
-        return {f"{name}_token_id": None if text is None else tokenizer.token_to_id(text) for name, text in names.items()}
+        """`bos_token_id`, `eos_token_id` and `pad_token_id`, as configurations name them."""
+        found: dict[str, int | None] = {}
+        for name in ("bos_token", "eos_token", "pad_token"):
+            token = self.config.get(name)
+            text = token["content"] if isinstance(token, dict) else token
+            found[f"{name}_id"] = None if text is None else self.tokenizer.token_to_id(text)
+        return found
 
 
 def read_tokenizer(folder: Path, model_max_length: int) -> ExportTokenizer | None:
-    """Read a checkpoint's tokenizer, as it is where it has a tokenizer.json; else that is made.
+    """Read a checkpoint's tokenizer; a tokenizer.json is made where there is only a SentencePiece model.
 
     Args:
-        model_max_length: positions of the model, for a tokenizer_config.json that has to be made.
+        model_max_length: positions of the model, for the tokenizer_config.json beside it.
     Returns:
         None if the folder has no tokenizer.
     Raises:
-        ValueError: its files cannot be read, or not be converted.
+        ValueError: its files cannot be read, or cannot be converted.
     """
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    config = read_json(folder / CONFIG_FILE) if CONFIG_FILE in files else {}
     model = next((folder / name for name in SENTENCEPIECE_FILES if name in files), None)
-    config = _object(folder / CONFIG_FILE, files.get(CONFIG_FILE, b"{}"))
-    if TOKENIZER_FILE not in files:
-        if model is None:
-            return None
-        made, special = convert_sentencepiece(model)
-        files[TOKENIZER_FILE] = made.to_str(pretty=True).encode()
-        config = {
-            **special,
-            "add_bos_token": "bos_token" in special,
-            "add_eos_token": False,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": model_max_length,
-            **config,
-            "tokenizer_class": _CLASS,
-        }
-        files[CONFIG_FILE] = _bytes(config)
-    files.setdefault(CONFIG_FILE, _bytes({"tokenizer_class": _CLASS}))
-    tokenizer = _parsed(files[TOKENIZER_FILE], folder / TOKENIZER_FILE)
-    # As training chooses (mmcore.data.tokenizer).
-    if model:
-        encode = SentencePieceProcessor(model_file=str(model)).encode
+    if TOKENIZER_FILE in files:
+        tokenizer = _load(folder / TOKENIZER_FILE)
+        ends = {name: text for name, text in _ENDS.items() if tokenizer.token_to_id(text) is not None}
+        config = {**ends, "tokenizer_class": _CLASS, **config}
+    elif model:
+        tokenizer, special = convert_sentencepiece(model)
+        files[TOKENIZER_FILE] = tokenizer.to_str(pretty=True).encode()
+        known = {"add_bos_token": "bos_token" in special, "model_max_length": model_max_length}
+        config = {**special, **known, **config, "tokenizer_class": _CLASS}
     else:
-        encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
-    return ExportTokenizer(files=files, encode=encode)
+        return None
+    if CONFIG_FILE not in files or config != read_json(folder / CONFIG_FILE):
+        files[CONFIG_FILE] = _bytes(config)
+    if model and model.name != SENTENCEPIECE_FILES[0]:
+        files[SENTENCEPIECE_FILES[0]] = files.pop(model.name)
+    # As mmcore.data.tokenizer chooses.
+    encode = SentencePieceProcessor(model_file=str(model)).encode if model else _encoder(tokenizer)
+    return ExportTokenizer(files=files, tokenizer=tokenizer, config=config, encode=encode)
+
+
+def with_image_token(known: ExportTokenizer) -> tuple[ExportTokenizer, int]:
+    """Add <image> where it is not, at the next free id.
+
+    Returns:
+        The tokenizer, and the id.
+    Raises:
+        ValueError: there is no such id, for those in use have gaps.
+    """
+    added = {token.content: id for id, token in known.tokenizer.get_added_tokens_decoder().items()}
+    if IMAGE_TAG in added:
+        return known, added[IMAGE_TAG]
+    used = set(known.tokenizer.get_vocab(with_added_tokens=True).values())
+    tokenizer = Tokenizer.from_str(known.tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TAG, normalized=False)])
+    id = tokenizer.token_to_id(IMAGE_TAG)
+    if id in used:
+        raise ValueError(f"{TOKENIZER_FILE}: its ids have gaps, and {IMAGE_TAG} would be {id}, which is in use")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    token = {"content": IMAGE_TAG, **flags}
+    # By hand, so that all else stays as older tokenizers wrote and read it.
+    content = json.loads(known.files[TOKENIZER_FILE])
+    content["added_tokens"] = [*content.get("added_tokens", []), {"id": id, **token}]
+    decoder = {**known.config.get("added_tokens_decoder", {}), str(id): token}
+    config = {**known.config, "added_tokens_decoder": decoder, "tokenizer_class": _CLASS}
+    files = known.files | {TOKENIZER_FILE: _bytes(content), CONFIG_FILE: _bytes(config)}
+    return replace(known, files=files, tokenizer=tokenizer, config=config), id
+
+
+def with_chat_template(known: ExportTokenizer, conversation: str) -> tuple[ExportTokenizer, str]:
+    """Write the template that the model was tuned with, in the place of any other.
+
+    Args:
+        known: has <image>.
+        conversation: of `Architecture`.
+    Returns:
+        The tokenizer, and a line for the report.
+    """
+    template = TEMPLATES.get(conversation)
+    if template is None:
+        return known, f"no chat template: none is known for conversations of {conversation!r}"
+    if missing := [token for token in template.control if known.tokenizer.token_to_id(token) is None]:
+        return known, f"no chat template: the tokenizer lacks {' and '.join(missing)} of {conversation}"
+    glue = _glue(known)
+    text = template.written(glue or "")
+    config = {key: value for key, value in known.config.items() if key != "chat_template"}
+    files = known.files | {
+        CONFIG_FILE: _bytes(config),
+        TEMPLATE_FILE: text.encode(),
+        OLD_TEMPLATE_FILE: _bytes({"chat_template": text}),
+    }
+    doubt = ", but some texts have other tokens than in training" if glue is None else ""
+    return replace(known, files=files, config=config), f"chat template {conversation}{doubt}"
+
+
+def has_chat_template(known: ExportTokenizer) -> bool:
+    """Whether the files bring one."""
+    return "chat_template" in known.config or bool({TEMPLATE_FILE, OLD_TEMPLATE_FILE} & known.files.keys())
+
+
+def _glue(known: ExportTokenizer) -> str | None:
+    """What makes a text after a control token what it is alone, or None if nothing does.
+
+    Training encodes stretch by stretch. Some tokenizers begin every stretch with a space, as
+    SentencePiece does, and some only the first one of a conversation.
+    """
+    id = known.tokenizer.token_to_id(IMAGE_TAG)
+    whole = _encoder(known.tokenizer)
+    for glue in ("", " "):
+        if all(whole(f"{IMAGE_TAG}{glue}{text}") == [id, *known.encode(text)] for text in _PROBES):
+            return glue
+    return None
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _load(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} cannot be read as a tokenizer ({error}): copy it again") from None
+
+
+def _bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

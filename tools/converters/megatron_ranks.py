@@ -77,7 +77,7 @@ def compare(
                 process.kill()
                 process.join()
         found = [Difference(*row) for path in Path(results).iterdir() for row in json.loads(path.read_text())]
-    worst = {(case, place): Difference(case, place, float("inf"), "is missing in ours") for case, place in places}
+    worst = {(case, place): Difference(case, place, float("inf"), "it is missing in ours") for case, place in places}
     for difference in sorted(found, key=lambda difference: difference.error):
         worst[difference.case, difference.place] = difference
     return list(worst.values())
@@ -109,13 +109,13 @@ class _Comparison:
             return  # the tower is compared on its own, with all of its layers
         path = self.theirs / self.case / f"{place}.pt"
         if not path.is_file():
-            self.found.append(Difference(self.case, place, float("inf"), "is missing in the original"))
+            self.found.append(Difference(self.case, place, float("inf"), "it is missing in the original"))
             return
         theirs = torch.load(path, mmap=True, weights_only=True)
         if place == LOGITS:
             theirs = theirs[..., : ours.shape[-1]]
         if ours.shape != theirs.shape:
-            note = f"is {list(ours.shape)}, the original's {list(theirs.shape)}"
+            note = f"it is {list(ours.shape)}, the original's {list(theirs.shape)}"
             self.found.append(Difference(self.case, place, float("inf"), note))
             return
         error = float((ours - theirs).abs().max() / theirs.abs().max())

@@ -6,7 +6,7 @@ MEMINFO = Path("/proc/meminfo")
 
 # The original and ours are in memory one after the other, in fp32. Ours takes more while it is loaded:
 # megatron-core joins gate and up of all layers in a second copy.
-BYTES_PER_PARAMETER, REST = 7, 3e9
+BYTES_PER_PARAMETER, REST = 6.5, 2e9
 
 
 def check_memory(num_parameters: int) -> None:

@@ -80,6 +80,8 @@ class Parts:
     dtype: torch.dtype
     read: Callable[[], tuple[Tensor, ...]]
     """All of them, in the order of `shapes`."""
+    origin: str
+    """For the plan: what they are made of."""
 
 
 def apply(
@@ -172,6 +174,7 @@ def export(
                 shapes=dict(zip(names, row.sources.values(), strict=True)),
                 dtype=wanted,
                 read=partial(_unmake, row.layout, tensor.chunks[layer], wanted),
+                origin=f"{key}{f'[{layer}]' if row.is_stacked else ''}, {row.layout.name}",
             )
             planned.append((layer if row.is_stacked else -1, parts))
     _raise_if(problems, "the checkpoint")
