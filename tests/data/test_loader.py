@@ -226,6 +226,11 @@ def test_what_does_not_go_together_is_refused(dataset: Path, tokenizer: Tokenize
             loader(dataset, tokenizer, **change)
 
 
+def test_the_image_token_may_be_a_control_token(dataset: Path, tokenizer: Tokenizer) -> None:
+    """As in models that came from transformers, whose placeholder has a row in the embedding."""
+    loader(dataset, tokenizer, image_token_id=tokenizer.special("[INST]"))
+
+
 def test_missing_and_broken_files_are_named(dataset: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     for name, message in [
         ("train_000001.tar", "train_000001.tar is missing"),

@@ -4,6 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from mmcore.config import ModelConfig, ParallelConfig
 from mmcore.models.architecture import check_layout, load_architecture, save_architecture
@@ -12,24 +19,92 @@ from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION, compose, resolve_
 from tests import ranks, tiny
 
 
-def count() -> dict[str, int]:
-    language = LANGUAGE["mistral_7b_v03"]
-    arch = compose(VISION["clip_vit_l_14_336"], language, PROJECTOR["megatron_mlp"](language))
+def count(vision: str, language: str) -> dict[str, int]:
+    arch = compose(VISION[vision], LANGUAGE[language], PROJECTOR["megatron_mlp"](LANGUAGE[language]))
     with torch.device("meta"):
         model = LlavaModel(arch, "local", **base_config(ParallelConfig()))
     return {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
 
 
-def test_published_parameter_counts() -> None:
-    """Mistral-7B-v0.3: 7,248,023,552 (the safetensors index of its model card).
+def siglip_tower(**sizes: int) -> int:
+    """Parameters of transformers' own, without the pooling head, which LLaVA leaves out."""
+    with torch.device("meta"):
+        model = SiglipVisionModel(SiglipVisionConfig(**sizes, vision_use_head=False))
+    return sum(p.numel() for p in model.parameters())
 
-    CLIP ViT-L/14@336: 304,293,888 in OpenAI's visual tower, less what LLaVA drops on purpose: the
-    projection into the contrastive space (1024 x 768).
-    """
-    counted = ranks.run(count, ParallelConfig(), 1)[0]
-    assert counted["language_model"] == 7_248_023_552
-    assert counted["vision_model"] == 304_293_888 - 1024 * 768
-    assert counted["vision_projection"] == 1024 * 14336 + 14336 * 4096
+
+# OpenAI's and open_clip's visual towers, less the projection into the contrastive space, which LLaVA leaves out.
+TOWERS = {
+    "clip_vit_b_16": lambda: 86_192_640 - 768 * 512,
+    "clip_vit_l_14": lambda: 303_966_208 - 1024 * 768,
+    "clip_vit_l_14_336": lambda: 304_293_888 - 1024 * 768,
+    "clip_vit_h_14": lambda: 632_076_800 - 1280 * 1024,
+    "siglip_base_patch16_224": lambda: siglip_tower(image_size=224, patch_size=16),
+    "siglip_so400m_patch14_384": lambda: siglip_tower(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    ),
+}
+
+# What config.json says where transformers' class has another default, and the model card's number of parameters.
+SEVEN_B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+MISTRAL = {**SEVEN_B, "intermediate_size": 14336, "num_key_value_heads": 8}
+LANGUAGES: dict[str, tuple[type, dict[str, int], int]] = {
+    "llama2_7b": (LlamaForCausalLM, {**SEVEN_B, "intermediate_size": 11008, "vocab_size": 32000}, 6_738_415_616),
+    "llama2_13b": (
+        LlamaForCausalLM,
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 13824,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "vocab_size": 32000,
+        },
+        13_015_864_320,
+    ),
+    "llama3_8b": (LlamaForCausalLM, {**MISTRAL, "vocab_size": 128256}, 8_030_261_248),
+    "mistral_7b_v01": (MistralForCausalLM, {**MISTRAL, "vocab_size": 32000}, 7_241_732_096),
+    "mistral_7b_v03": (MistralForCausalLM, {**MISTRAL, "vocab_size": 32768}, 7_248_023_552),
+    "qwen25_7b_instruct": (
+        Qwen2ForCausalLM,
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+        },
+        7_615_616_512,
+    ),
+}
+# The same layers as another's; only what is computed with them differs.
+SAME = {
+    "mistral_7b_v02": "mistral_7b_v01",
+    "vicuna_7b_v15": "llama2_7b",
+    "vicuna_13b_v15": "llama2_13b",
+    "llama31_8b": "llama3_8b",
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_published_sizes_of_towers(name: str) -> None:
+    counted = ranks.run(count, ParallelConfig(), 1, name, "mistral_7b_v03")[0]
+    assert counted["vision_model"] == TOWERS[name]()
+    assert counted["vision_projection"] == VISION[name].hidden_size * 14336 + 14336 * 4096
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_published_sizes_of_language_models(name: str) -> None:
+    kind, config, published = LANGUAGES[SAME.get(name, name)]
+    with torch.device("meta"):
+        theirs = kind(kind.config_class(**config, tie_word_embeddings=False))
+    counted = ranks.run(count, ParallelConfig(), 1, "clip_vit_b_16", name)[0]
+    assert counted["language_model"] == sum(p.numel() for p in theirs.parameters()) == published
 
 
 def test_architecture_survives_its_file(tmp_path: Path) -> None:

@@ -275,13 +275,13 @@ def test_missing_shards(original: tuple[Path, list[State]]) -> None:
     message = refused(folder)  # the numbers tell nothing now, the shapes do
     assert "wrong shape: layers.0.attention.wq.weight is [16, 64], the architecture has [64, 64]" in message
     (folder / "consolidated.00.pth").rename(folder / "consolidated.first.pth")
-    assert "holds neither consolidated.safetensors and consolidated.00.pth" in refused(folder)
+    assert "holds neither of consolidated.safetensors and consolidated.00.pth" in refused(folder)
 
 
 def test_two_forms_at_once(original: tuple[Path, list[State]]) -> None:
     folder, shards = original
     save_file(shards[0], folder / "consolidated.safetensors")
-    assert "holds both consolidated.safetensors and consolidated.00.pth" in refused(folder)
+    assert "holds both of consolidated.safetensors and consolidated.00.pth" in refused(folder)
 
 
 def test_shards_that_disagree(original: tuple[Path, list[State]]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from llava import LlavaConfig, convert, read_architecture
+from llava import LlavaConfig, convert, plan, read_architecture
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
@@ -157,6 +157,12 @@ def test_tied_embeddings(tmp_path: Path, llava: Build, read_checkpoint: Callable
     assert "language_model.output_layer.weight" not in read_checkpoint(tmp_path / "model")
     language = load_architecture(tmp_path / "model").language
     assert language is not None and language.share_embeddings_and_output_weights
+
+
+def test_the_vocabulary_of_llama_3_tells_the_conversation(tmp_path: Path, llava: Build) -> None:
+    small = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    llava(CLIPVisionConfig, LlamaConfig, text={**small, "vocab_size": 128_320}).save_pretrained(tmp_path / "hf")
+    assert plan(config(tmp_path / "hf")).architecture.conversation == "llama3"
 
 
 def test_files_that_go_along(folder: Path) -> None:

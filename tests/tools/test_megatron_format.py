@@ -238,7 +238,7 @@ def test_what_else_megatron_must_be_told(tmp_path: Path, mistral: Callable[..., 
     report = convert_language(tmp_path / "mistral", tmp_path / "a", **megatron(1))
     assert any("so give it --window-size 63,0" in line for line in report)
     assert read(tmp_path / "a")["mp_rank_00"]["args"].window_size == (63, 0)
-    assert any("256 rows in these files: 106 copies of the last one, no zeros" in line for line in report)
+    assert any("padded by 106 copies of its last row" in line for line in report)
 
     scalings = {
         "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},

@@ -328,9 +328,18 @@ def test_less_than_a_model(tmp_path: Path, folder: Path) -> None:
         convert(config(tmp_path / "none"))
 
 
-def test_parity(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("language", "changes"),
+    [
+        (LlamaConfig, {}),
+        (LlamaConfig, {"mm_vision_select_feature": "cls_patch", "mm_vision_select_layer": -1}),
+        (MistralConfig, {"model_type": "llava_mistral", "sliding_window": 12}),
+    ],
+)
+def test_parity(tmp_path: Path, llava: Build, language: type, changes: dict[str, object]) -> None:
+    folder = write_original(tmp_path / "llava-tiny", llava(CLIPVisionConfig, language), **changes)
     convert(config(folder))
-    parity.check(folder.parent / "model", folder, folder.parent / "clip-tiny")
+    parity.check(tmp_path / "model", folder, tmp_path / "clip-tiny")
 
 
 def test_parity_of_a_tuned_tower(folder: Path) -> None:

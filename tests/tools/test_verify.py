@@ -68,8 +68,8 @@ def first_difference(
     references = (checkpoint.parent / reference,)
     with closing(verify.outcomes(checkpoint, references, layouts, 120.0, parity.run_original)) as outcomes:
         for outcome in outcomes:
-            if difference := outcome.first_above(1e-4):
-                assert verify.describe(outcome, 1e-4).count(difference.place) == 1
+            if difference := outcome.first_above(parity.TOLERANCE):
+                assert verify.describe(outcome, parity.TOLERANCE).count(difference.place) == 1
                 return verify.layout_name(outcome.layout), difference
     raise AssertionError("nothing was found")
 
@@ -138,7 +138,8 @@ def test_a_window_that_only_a_long_text_leaves(decoder: Path, language: Callable
     ("changes", "place"),
     [
         ({"activation": "quick_gelu"}, "decoder.layers.0"),
-        ({"layernorm_epsilon": 1e-4}, "decoder.layers.0"),
+        ({"activation": "gelu"}, "decoder.layers.0"),  # nearly the same: 5e-4 apart at most
+        ({"layernorm_epsilon": 1e-3}, "decoder.layers.0"),
         ({"num_attention_heads": 4}, "decoder.layers.0"),
     ],
 )
@@ -286,8 +287,8 @@ def test_the_probe() -> None:
     assert torch.equal(mixed["images"], cases["pixels"]["images"])
     runs, lengths = mixed["is_image"][0].unique_consecutive(return_counts=True)
     assert runs.tolist() == [False, True, False, True, False] and lengths[1] == lengths[3] == 16
-    for case in ("text", "text around two images"):
-        assert set(cases[case]["tokens"].flatten().tolist()) == set(range(12)) - {5}
+    assert set(cases["text"]["tokens"].flatten().tolist()) == set(range(12)) - {5}
+    assert 5 not in mixed["tokens"]
     outside = probe.build_probe(replace(whole, image_token_id=12))["text"]["tokens"]
     assert set(outside.flatten().tolist()) == set(range(12))
 

@@ -85,8 +85,10 @@ def _files(folder: Path) -> list[Path]:
     found = ((re.fullmatch(r"consolidated\.(\d+)\.pth", path.name), path) for path in folder.glob("consolidated.*"))
     numbered = {int(match[1]): path for match, path in found if match}
     if whole.is_file() == bool(numbered):
-        problem = "holds both" if numbered else "holds neither"
-        raise ValueError(f"{folder} {problem} consolidated.safetensors and consolidated.00.pth: it must be one of them")
+        raise ValueError(
+            f"{folder} holds {'both' if numbered else 'neither'} of consolidated.safetensors and consolidated.00.pth: "
+            "it must be one of them"
+        )
     if missing := set(range(max(numbered, default=0))) - numbered.keys():
         names = ", ".join(f"consolidated.{number:02}.pth" for number in sorted(missing))
         raise ValueError(f"{folder} lacks {names}: download it again")

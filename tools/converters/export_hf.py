@@ -28,7 +28,7 @@ from hugging_face_tokenizer import (
 )
 from safetensors_folder import Shard, split, total_bytes, write_folder
 from torch import Tensor
-from weight_map import Dtype, Parts, export
+from weight_map import DifferencesError, Dtype, Parts, export
 
 from mmcore.constants import IMAGE_TAG, TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, load_architecture, newest
@@ -85,7 +85,7 @@ def plan(config: ExportConfig) -> Export:
     """
     checkpoint = newest(config.input)
     architecture = _selected(load_architecture(checkpoint), config.part, checkpoint)
-    parts = list(_tensors(architecture, checkpoint, config.dtype))
+    parts = _tensors(architecture, checkpoint, config.dtype)
     tokenizer, notes = None, []
     if architecture.language is not None:
         limit = architecture.language.max_position_embeddings
@@ -123,11 +123,24 @@ def _selected(whole: Architecture, part: str, checkpoint: Path) -> Architecture:
     return Architecture(**{part: found[part]}, conversation=whole.conversation)
 
 
-def _tensors(architecture: Architecture, checkpoint: Path, dtype: Dtype) -> Iterator[Parts]:
+def _tensors(architecture: Architecture, checkpoint: Path, dtype: Dtype) -> list[Parts]:
     """What to write, by Hugging Face's names."""
+    found: list[Parts] = []
+    problems: list[str] = []
     for part in hugging_face.parts(architecture):
-        for tensors in export(part.rows, part.num_layers, stored_tensors(checkpoint, part.module), dtype):
-            yield replace(tensors, shapes={part.prefix + name: shape for name, shape in tensors.shapes.items()})
+        try:
+            tensors = export(part.rows, part.num_layers, stored_tensors(checkpoint, part.module), dtype)
+        except DifferencesError as error:
+            problems += error.problems
+            continue
+        found += [replace(each, shapes=_prefixed(part.prefix, each.shapes)) for each in tensors]
+    if problems:
+        raise DifferencesError(problems, str(checkpoint))
+    return found
+
+
+def _prefixed(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def _with_pictures(

@@ -18,9 +18,11 @@ from mmcore.constants import IMAGE_TAG
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 TEMPLATE_FILE, OLD_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"  # engines look at one or the other
 
-# Reads tokenizer.json as it stands. LlamaTokenizer, which most folders name, is made anew from the
-# vocabulary by transformers 5, and then has other spaces after control tokens.
+# Takes tokenizer.json as it stands. LlamaTokenizer, which most folders name, is made anew from the
+# vocabulary by transformers 5, with other spaces after control tokens; what that class and its kin have
+# by default is written out instead.
 _CLASS = "PreTrainedTokenizerFast"
+_DEFAULTS = {"clean_up_tokenization_spaces": False, "padding_side": "left"}
 
 # What mmcore.data.tokenizer takes where no configuration names them.
 _ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -68,12 +70,12 @@ def read_tokenizer(folder: Path, model_max_length: int) -> ExportTokenizer | Non
     if TOKENIZER_FILE in files:
         tokenizer = _load(folder / TOKENIZER_FILE)
         ends = {name: text for name, text in _ENDS.items() if tokenizer.token_to_id(text) is not None}
-        config = {**ends, "tokenizer_class": _CLASS, **config}
+        config = {**ends, **(config or _as_it_stands({}))}
     elif model:
         tokenizer, special = convert_sentencepiece(model)
         files[TOKENIZER_FILE] = tokenizer.to_str(pretty=True).encode()
         known = {"add_bos_token": "bos_token" in special, "model_max_length": model_max_length}
-        config = {**special, **known, **config, "tokenizer_class": _CLASS}
+        config = _as_it_stands({**special, **known, **config})
     else:
         return None
     if CONFIG_FILE not in files or config != read_json(folder / CONFIG_FILE):
@@ -108,7 +110,7 @@ def with_image_token(known: ExportTokenizer) -> tuple[ExportTokenizer, int]:
     content = json.loads(known.files[TOKENIZER_FILE])
     content["added_tokens"] = [*content.get("added_tokens", []), {"id": id, **token}]
     decoder = {**known.config.get("added_tokens_decoder", {}), str(id): token}
-    config = {**known.config, "added_tokens_decoder": decoder, "tokenizer_class": _CLASS}
+    config = _as_it_stands({**known.config, "added_tokens_decoder": decoder})
     files = known.files | {TOKENIZER_FILE: _bytes(content), CONFIG_FILE: _bytes(config)}
     return replace(known, files=files, tokenizer=tokenizer, config=config), id
 
@@ -160,6 +162,10 @@ def _glue(known: ExportTokenizer) -> str | None:
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _as_it_stands(config: dict[str, Any]) -> dict[str, Any]:
+    return {**_DEFAULTS, **config, "tokenizer_class": _CLASS}
 
 
 def _load(path: Path) -> Tokenizer:

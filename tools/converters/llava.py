@@ -67,7 +67,7 @@ def read_architecture(content: dict[str, Any], path: Path) -> Architecture:
 
     _refuse_unsupported(content, path)
     try:
-        whole = transformers.LlavaConfig(**content)
+        whole: Any = transformers.LlavaConfig(**content)
     except Exception as error:  # its checks raise errors of their own
         raise ValueError(f"{path} is not a configuration that transformers takes ({error})") from None
     text, tower = whole.text_config.to_dict(), whole.vision_config.to_dict()

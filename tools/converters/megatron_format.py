@@ -3,7 +3,8 @@
 Folders, names and numbers are those of NVIDIA/Megatron-LM at core_v0.16.1 with Transformer Engine:
 examples/multimodal/model_converter/clip_converter.py and siglip_converter.py for vision towers,
 tools/checkpoint/saver_core.py for language models, examples/multimodal/combine_state_dicts.py for whole
-models. One thing is not: those leave the rotary base of every language model at 10000.
+models. The arguments in the files are not, where those are wrong: a rotary base of 10000 and a norm's
+epsilon of 1e-5 for every language model.
 
 torch lays the files out first, with room for their tensors. Then each tensor is read once, a layer at a
 time, cut for all ranks and written into its places, so that memory never holds more than one.
@@ -112,8 +113,9 @@ def _notes(architecture: Architecture, ranks: int) -> Iterable[str]:
         yield f"Megatron-LM feeds its projector from layer -1, where mmcore does from layer {vision.feature_layer}"
     if language is None:
         return
-    rows = _padded_vocab_size(language.vocab_size, ranks)
-    yield f"vocabulary in {rows} rows in these files: {rows - language.vocab_size} copies of the last one, no zeros"
+    padding = _padded_vocab_size(language.vocab_size, ranks) - language.vocab_size
+    if padding:
+        yield f"in these files the vocabulary is padded by {padding} copies of its last row, as Megatron-LM pads"
     options, scaling = [], language.rotary_scaling
     if language.layernorm_epsilon != 1e-5:
         options.append(f"--norm-epsilon {language.layernorm_epsilon:g}")
@@ -130,14 +132,16 @@ def _notes(architecture: Architecture, ranks: int) -> Iterable[str]:
 
 
 def _arguments(architecture: Architecture, dtype: torch.dtype, ranks: int, stages: int) -> Namespace:
-    """What --use-checkpoint-args reads, by the names of megatron/training/arguments.py.
+    """What --use-checkpoint-args reads, and beside it what describes the model, by Megatron-LM's names.
 
-    Dropout is left out: it is a run's choice, not the model's, and what stands here beats the command line.
+    Most of it beats the command line (megatron/training/checkpointing.py, load_args_from_checkpoint), so
+    dropout, which is a run's choice and not the model's, is left out.
     """
-    language, is_whole = architecture.language, architecture.vision is not None
+    language, is_whole = architecture.language, architecture.vision_projection is not None
     assert language is not None
     base, scaling = language.rotary_base, language.rotary_scaling
-    llama3 = scaling is not None and scaling.rope_type == "llama3"
+    llama3 = scaling if scaling is not None and scaling.rope_type == "llama3" else None
+    linear = scaling if scaling is not None and scaling.rope_type == "linear" else None
     return Namespace(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -146,18 +150,16 @@ def _arguments(architecture: Architecture, dtype: torch.dtype, ranks: int, stage
         group_query_attention=language.num_query_groups != language.num_attention_heads,
         num_query_groups=language.num_query_groups,
         kv_channels=language.kv_channels,
-        seq_length=min(4096, language.max_position_embeddings),
+        seq_length=min(4096, language.max_position_embeddings),  # saver_core's, where the command line has none
         max_position_embeddings=language.max_position_embeddings,
         position_embedding_type="rope",
         add_position_embedding=True,
         rotary_base=int(base) if base.is_integer() else base,
         rotary_percent=1.0,
         rotary_interleaved=False,
-        use_rope_scaling=llama3,
-        rope_scaling_factor=scaling.factor if scaling is not None and llama3 else 8.0,
-        rotary_seq_len_interpolation_factor=(
-            scaling.factor if scaling is not None and scaling.rope_type == "linear" else None
-        ),
+        use_rope_scaling=llama3 is not None,
+        rope_scaling_factor=llama3.factor if llama3 else 8.0,
+        rotary_seq_len_interpolation_factor=linear.factor if linear else None,
         window_size=None if language.sliding_window is None else (language.sliding_window - 1, 0),
         normalization="RMSNorm",
         layernorm_epsilon=language.layernorm_epsilon,

@@ -76,11 +76,22 @@ def compare(
             for process in context.processes:
                 process.kill()
                 process.join()
-        found = [Difference(*row) for path in Path(results).iterdir() for row in json.loads(path.read_text())]
-    worst = {(case, place): Difference(case, place, float("inf"), "it is missing in ours") for case, place in places}
+        files = [Path(results) / f"{rank}.json" for rank in range(world_size)]
+        return _worst(places, [Difference(*row) for file in files for row in json.loads(file.read_text())])
+
+
+def _worst(places: list[tuple[str, str]], found: list[Difference]) -> list[Difference]:
+    """Of all ranks, place by place; places that only one side has are infinitely far apart."""
+    worst = {place: Difference(*place, float("inf"), "it is missing in ours") for place in places}
+    order, previous = list(places), -1
+    for difference in found:
+        place = (difference.case, difference.place)
+        if place not in order:
+            order.insert(previous + 1, place)
+        previous = order.index(place)
     for difference in sorted(found, key=lambda difference: difference.error):
         worst[difference.case, difference.place] = difference
-    return list(worst.values())
+    return [worst[place] for place in order]
 
 
 def _run(
@@ -99,8 +110,11 @@ def _run(
 class _Comparison:
     """Holds each of our hidden states against the original's."""
 
-    def __init__(self, theirs: Path) -> None:
+    def __init__(self, theirs: Path, architecture: Architecture) -> None:
         self.theirs, self.case = theirs, ""
+        image, language = architecture.image_token_id, architecture.language
+        # Its image token beyond our vocabulary: an export has more rows, and so more logits.
+        self.is_extended = image is not None and language is not None and image >= language.vocab_size
         self.found: list[Difference] = []
 
     def note(self, place: str, ours: Tensor) -> None:
@@ -112,7 +126,7 @@ class _Comparison:
             self.found.append(Difference(self.case, place, float("inf"), "it is missing in the original"))
             return
         theirs = torch.load(path, mmap=True, weights_only=True)
-        if place == LOGITS:
+        if place == LOGITS and self.is_extended:
             theirs = theirs[..., : ours.shape[-1]]
         if ours.shape != theirs.shape:
             note = f"it is {list(ours.shape)}, the original's {list(theirs.shape)}"
@@ -159,7 +173,7 @@ def differences(layout: ParallelConfig, folder: Path, probe: Path, theirs: Path)
     is_whole = architecture.vision_projection is not None
     model = (LlavaModel(architecture, "local", **base) if is_whole else Tower(architecture, **base)).eval()
     checkpoint.load_checkpoint(folder, model)
-    comparison = _Comparison(theirs)
+    comparison = _Comparison(theirs, architecture)
     _watch(model, comparison)
     for case, inputs in torch.load(probe, weights_only=True).items():
         comparison.case = case

@@ -69,7 +69,7 @@ def open_original(paths: Sequence[Path], architecture: Architecture) -> Original
         return _llava(path)
     if kind in FUSED_LLAMA:
         return _fused_llama(path, config)
-    if is_folder:
+    if kind is not None:  # timm's folders of open_clip's models have a config.json without one
         known = ", ".join([*DECODERS, *TOWERS, "llava", *FUSED_LLAMA])
         raise ValueError(f"{path}: model_type is {kind!r}; the originals that can be run are {known}")
     if (path / "params.json").is_file():

@@ -13,8 +13,8 @@ from mmcore.constants import VISION_PROJECTION
 from mmcore.models.architecture import ProjectorArch
 
 # Names of the layers: the original LLaVA's torch.nn.Sequential or its one layer, and Hugging Face's.
-LLAVA = {"mlp": ("0.", "2."), "affine": ("",)}
-HUGGING_FACE = {"mlp": ("linear_1.", "linear_2.")}
+LLAVA: dict[str, tuple[str, ...]] = {"mlp": ("0.", "2."), "affine": ("",)}
+HUGGING_FACE: dict[str, tuple[str, ...]] = {"mlp": ("linear_1.", "linear_2.")}
 
 
 def layers(arch: ProjectorArch, vision_hidden: int, language_hidden: int) -> dict[str, tuple[int, int]]:

@@ -214,11 +214,6 @@ def _loses_range(held: torch.dtype, wanted: torch.dtype) -> bool:
     return torch.finfo(wanted).smallest_normal > torch.finfo(held).smallest_normal
 
 
-def _loses_range(held: torch.dtype, wanted: torch.dtype) -> bool:
-    # By the smallest values: bfloat16 has the exponents of float32, but its largest value is a little below.
-    return torch.finfo(wanted).smallest_normal > torch.finfo(held).smallest_normal
-
-
 def _range_lost(name: str, held: torch.dtype, wanted: torch.dtype) -> str:
     return f"range lost: {name} is {held}, whose largest values {wanted} does not hold"
 
