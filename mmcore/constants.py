@@ -26,5 +26,8 @@ SIGLIP_IMAGE_STD = (0.5, 0.5, 0.5)
 MODEL_FILE = "model.json"
 TOKENIZER_DIR = "tokenizer"
 
+# What marks a folder in Megatron-LM's own layout (megatron/training/checkpointing.py).
+MEGATRON_FILE = "latest_checkpointed_iteration.txt"
+
 # Exit codes of every command.
 EXIT_DONE, EXIT_FAULT, EXIT_USAGE = 0, 1, 2

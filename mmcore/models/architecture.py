@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmcore.config import ParallelConfig
-from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, MODEL_FILE, VOCAB_DIVISOR
+from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, MEGATRON_FILE, MODEL_FILE, VOCAB_DIVISOR
 
 # Of model.json. 2: the norm after a vision tower's last layer is kept.
 FORMAT = 2
@@ -180,6 +180,11 @@ def newest(folder: Path) -> Path:
     Raises:
         ValueError: it is neither.
     """
+    if (folder / MEGATRON_FILE).is_file():
+        raise ValueError(
+            f"{folder} is in Megatron-LM's own layout, which is for Megatron-LM: convert the weights again without "
+            "--format megatron"
+        )
     if (folder / MODEL_FILE).is_file():
         return folder
     if found := checkpoints(folder):
@@ -192,6 +197,22 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step_*") if (path / MODEL_FILE).is_file())
 
 
+def cut_widths(architecture: Architecture) -> dict[str, int]:
+    """What tensor ranks share, and so must divide: sizes by name."""
+    vision, between, language = architecture.vision, architecture.vision_projection, architecture.language
+    widths: dict[str, int] = {}
+    if vision is not None:
+        widths["attention heads of the vision tower"] = vision.num_attention_heads
+        widths["MLP width of the vision tower"] = vision.ffn_hidden_size
+    if between is not None and language is not None:
+        widths["width of the projector"] = between.ffn_hidden_size or language.hidden_size
+    if language is not None:
+        widths["attention heads of the language model"] = language.num_attention_heads
+        widths["key-value heads of the language model"] = language.num_query_groups
+        widths["MLP width of the language model"] = language.ffn_hidden_size
+    return widths
+
+
 def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
     """Refuse a layout that the architecture, a whole model or one of its towers, cannot take.
 
@@ -199,17 +220,9 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
         ValueError: tensor ranks do not divide the heads, key-value heads, MLP widths or the padded
             vocabulary, or stages do not divide the language model's layers.
     """
-    size, vision, language = parallel.tensor_model_parallel_size, architecture.vision, architecture.language
-    widths: dict[str, int] = {}
-    if vision is not None:
-        widths["attention heads of the vision tower"] = vision.num_attention_heads
-        widths["MLP width of the vision tower"] = vision.ffn_hidden_size
-    if architecture.vision_projection is not None:
-        widths["MLP width of the projector"] = architecture.vision_projection.ffn_hidden_size
+    size, language = parallel.tensor_model_parallel_size, architecture.language
+    widths = cut_widths(architecture)
     if language is not None:
-        widths["attention heads of the language model"] = language.num_attention_heads
-        widths["key-value heads of the language model"] = language.num_query_groups
-        widths["MLP width of the language model"] = language.ffn_hidden_size
         widths["padded vocabulary of the language model"] = language.padded_vocab_size
     bad = [f"{name} ({width})" for name, width in widths.items() if width % size]
     if bad:

@@ -2,16 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import checkpoint_folder
 import clip
 import combine
 import decoder
-import encoder
 import export_hf
 import hugging_face_config
 import llama
@@ -21,9 +18,9 @@ import pytest
 import qwen2
 import siglip
 import torch
-from checkpoint_folder import StoredTensor, stored_tensors, write_checkpoint
+from conversion import VerificationError
 from export_hf import ExportConfig, convert
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -31,7 +28,6 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
-    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
@@ -48,7 +44,6 @@ from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.architecture import (
     Architecture,
     LanguageArch,
-    ProjectorArch,
     RotaryScaling,
     VisionArch,
     load_architecture,
@@ -218,7 +213,7 @@ def test_a_llava_comes_back(name: str, tied: bool, tmp_path: Path) -> None:
         for part in (config["text_config"], config["vision_config"]):
             part.pop("dtype")  # of the whole model alone in the source
         config.pop("image_seq_length")  # what the tests' builder leaves at its default
-        config["text_config"].pop("sliding_window", None)
+        config["text_config"].pop("head_dim", None)  # which Qwen2 follows where it is, and does not write
     assert first == second
     assert found.config.image_seq_length == load_architecture(tmp_path / "model").vision.num_image_embeddings
 
@@ -259,3 +254,233 @@ def test_a_run_exports_the_same_from_every_layout(tmp_path: Path) -> None:
         loads(LlavaForConditionalGeneration, tmp_path / f"{name}_hf")
     assert_same(found[1], found[0])
     assert_same(found[2], found[0])
+
+
+def test_a_run_is_its_newest_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 12):
+        model = build_language(LlamaForCausalLM, vocab_size=100 + step)
+        (tmp_path / f"run_{step}").mkdir()
+        found = imported(model, tmp_path / f"run_{step}" / "language")
+        shutil.copytree(found, tmp_path / "run" / f"step_{step:08d}")
+    convert(ExportConfig(input=tmp_path / "run", output=tmp_path / "exported"))
+    assert weights(tmp_path / "exported")["lm_head.weight"].shape[0] == 112
+    with pytest.raises(ValueError, match="would replace the input"):
+        convert(ExportConfig(input=tmp_path / "run", output=tmp_path / "run", overwrite=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_image_token_gets_a_row(tied: bool, tmp_path: Path) -> None:
+    """Without a tokenizer the token is the model's own, which lies beyond the tables."""
+    language = build_language(MistralForCausalLM, tie_word_embeddings=tied).bfloat16()
+    model = joined(build_tower(CLIPVisionModel), language, tmp_path)
+    folder = exported(model)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["image_token_index"], config["text_config"]["vocab_size"]) == (150, 192)
+    found, source = weights(folder), weights(tmp_path / "language_hf")
+    names = {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    for name in names:
+        table, own = found[f"language_model.{name}"], source[name]
+        assert table.shape == (192, 64) and table[:150].equal(own)
+        mean = own.double().mean(0)
+        torch.testing.assert_close(table[150:].double(), mean.expand(42, -1), rtol=2**-8, atol=1e-6)
+        assert (table[150:] == table[150]).all()
+    rest = {name: tensor for name, tensor in source.items() if name not in names}
+    assert_same({name: found[f"language_model.{name}"] for name in rest}, rest)
+    # What is generated does not change: a mean is never the largest.
+    transformed = loads(LlavaForConditionalGeneration, folder).float()
+    tokens = torch.randint(0, 150, (4, 50), generator=torch.Generator().manual_seed(0))
+    assert (transformed(tokens).logits.argmax(-1) < 150).all()
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    tower, language = build_tower(CLIPVisionModel).half(), build_language(MistralForCausalLM).bfloat16()
+    model = joined(tower, language, tmp_path)
+    report = convert(ExportConfig(input=model, output=tmp_path / "kept"))
+    assert any("several dtypes are loaded as float32" in line for line in report)
+    kinds = {name.split(".")[0]: tensor.dtype for name, tensor in weights(tmp_path / "kept").items()}
+    assert kinds == {
+        "vision_tower": torch.float16,
+        "multi_modal_projector": torch.float32,
+        "language_model": torch.bfloat16,
+    }
+    assert loads(LlavaForConditionalGeneration, tmp_path / "kept").dtype == torch.float32
+    with pytest.raises(ValueError, match="range lost") as caught:
+        convert(ExportConfig(input=model, output=tmp_path / "half", dtype="float16"))
+    assert "language_model.output_layer.weight" in str(caught.value)
+    assert "vision_projection.encoder.linear_fc1.weight" in str(caught.value)
+    convert(ExportConfig(input=model, output=tmp_path / "one", dtype="bfloat16"))
+    assert {tensor.dtype for tensor in weights(tmp_path / "one").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        assert part["dtype"] == part["torch_dtype"] == "bfloat16"
+
+
+def test_parts_of_a_whole(tmp_path: Path) -> None:
+    model = joined(build_tower(SiglipVisionModel), build_language(Qwen2ForCausalLM), tmp_path)
+    for part, source, kind in (
+        ("vision", "vision_hf", SiglipVisionModel),
+        ("language", "language_hf", Qwen2ForCausalLM),
+    ):
+        folder = tmp_path / f"only_{part}"
+        convert(ExportConfig(input=model, output=folder, part=part))
+        wanted = weights(tmp_path / source)
+        if part == "vision":
+            own = {name: tensor for name, tensor in wanted.items() if not name.startswith("head.")}
+            wanted = {f"vision_model.{name}": tensor for name, tensor in own.items()}
+        assert_same(weights(folder), wanted)
+        loads(kind, folder)
+    with pytest.raises(ValueError, match=r"--part vision: .*language has none, only language"):
+        convert(ExportConfig(input=tmp_path / "language", output=tmp_path / "x", part="vision"))
+    with pytest.raises(ValueError, match=r"--part llava: .*vision has none, only vision"):
+        convert(ExportConfig(input=tmp_path / "vision", output=tmp_path / "x", part="llava"))
+
+
+@pytest.mark.parametrize("projector", ["linear", "megatron_mlp"])
+def test_projectors_that_llava_does_not_have(projector: Any, tmp_path: Path) -> None:
+    vision = imported(build_tower(CLIPVisionModel), tmp_path / "vision")
+    language = imported(build_language(MistralForCausalLM), tmp_path / "language")
+    options = {"vision": vision, "language": language, "output": tmp_path / "model", "projector": projector}
+    combine.convert(combine.CombineConfig(**options))
+    with pytest.raises(ValueError, match=r"one linear layer|two layers, 96 wide inside") as caught:
+        exported(tmp_path / "model")
+    assert "--part language" in str(caught.value) and "mlp2x_gelu" in str(caught.value)
+    assert exported(tmp_path / "model", part="language").is_dir()
+
+
+@pytest.mark.parametrize("language", LANGUAGE.values(), ids=list(LANGUAGE))
+def test_language_configurations_say_it_all(language: LanguageArch) -> None:
+    older = hugging_face_config.config(Architecture(language=language), "bfloat16", {}, Path("checkpoint"))
+    newer = dict(older)
+    assert older.pop("rope_parameters") and newer.pop("rope_theta") and newer.pop("rope_scaling", 0) != 0
+    family = {"llama": llama.FAMILY, "mistral": mistral.FAMILY, "qwen2": qwen2.FAMILY}[language.model_type]
+    for content in (older, newer):
+        assert decoder.read_architecture(content, Path("config.json"), family) == language
+    kind: Any = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[language.model_type]
+    parsed = [kind(**content).rope_parameters for content in (older, newer, older | newer)]
+    assert parsed[0] == parsed[1] == parsed[2]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RotaryScaling(rope_type="linear", factor=2.5),
+        RotaryScaling(rope_type="dynamic", factor=2.0),
+        RotaryScaling(rope_type="llama3", factor=8.0, low_freq_factor=2.0, original_max_position_embeddings=64),
+    ],
+)
+def test_rotary_scaling_is_kept(scaling: RotaryScaling) -> None:
+    test_language_configurations_say_it_all(replace(LANGUAGE["llama2_7b"], rotary_scaling=scaling))
+
+
+@pytest.mark.parametrize("vision", VISION.values(), ids=list(VISION))
+@pytest.mark.parametrize("changes", [{}, {"feature_layer": -1, "drop_class_token": False}])
+def test_whole_configurations_say_it_all(vision: VisionArch, changes: dict[str, Any], tmp_path: Path) -> None:
+    vision = replace(vision, **changes)
+    if not vision.has_class_token:
+        vision = replace(vision, drop_class_token=True)  # what an import says of a tower without one
+    language = LANGUAGE["mistral_7b_v03"]
+    whole = compose(vision, language, PROJECTOR["mlp2x_gelu"](language))
+    content = hugging_face_config.config(whole, "bfloat16", {}, tmp_path)
+    read = llava.read_architecture(content, tmp_path / "config.json")
+    assert read == replace(whole, conversation=read.conversation)
+    assert content["image_seq_length"] == vision.num_image_embeddings
+
+
+@pytest.mark.parametrize(
+    ("arch", "told"),
+    [
+        (replace(LANGUAGE["llama2_7b"], add_qkv_bias=True, sliding_window=9), "sliding_window 9 .*add_qkv_bias True"),
+        (replace(LANGUAGE["qwen25_7b_instruct"], add_qkv_bias=False), "add_qkv_bias False"),
+        (replace(VISION["clip_vit_b_16"], activation="silu"), "hidden_act is 'silu'"),
+    ],
+)
+def test_what_hugging_face_cannot_say_is_refused(arch: LanguageArch | VisionArch, told: str) -> None:
+    part = {"language": arch} if isinstance(arch, LanguageArch) else {"vision": arch}
+    with pytest.raises(ValueError, match=told):
+        hugging_face_config.config(Architecture(**part), "bfloat16", {}, Path("checkpoint"))
+
+
+def test_differences_of_all_parts_are_told_at_once(tmp_path: Path) -> None:
+    model = joined(build_tower(CLIPVisionModel), build_language(MistralForCausalLM), tmp_path)
+    architecture = load_architecture(model)
+    assert architecture.vision is not None and architecture.language is not None
+    wrong = replace(
+        architecture,
+        vision=replace(architecture.vision, num_layers=3),
+        language=replace(architecture.language, share_embeddings_and_output_weights=True),
+    )
+    save_architecture(wrong, model)
+    with pytest.raises(ValueError, match=f"{model} does not hold the tensors") as caught:
+        exported(model)
+    assert "unknown: language_model.output_layer.weight" in str(caught.value)
+    assert "wrong shape: vision_model.decoder.layers.mlp.linear_fc1.bias is [4, 96]" in str(caught.value)
+
+
+def test_inputs_that_are_no_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no checkpoint and holds none"):
+        convert(ExportConfig(input=tmp_path, output=tmp_path / "out"))
+    with pytest.raises(ValueError, match="--max-shard-size-gb must be above 0"):
+        ExportConfig(input=tmp_path, output=tmp_path / "out", max_shard_size_gb=0)
+
+
+def test_only_exports_are_replaced(tmp_path: Path) -> None:
+    model = imported(build_language(LlamaForCausalLM), tmp_path / "language")
+    for options in ({}, {"max_shard_size_gb": 1e-5}):
+        folder = exported(model, overwrite=True, **options)
+        (folder / "mark").touch()
+        with pytest.raises(ValueError, match=r"holds an export: .*--overwrite"):
+            exported(model)
+        assert (folder / "mark").exists()
+        exported(model, overwrite=True)
+        assert not (folder / "mark").exists()
+    for taken in (imported(build_tower(CLIPVisionModel), tmp_path / "vision"), tmp_path):
+        with pytest.raises(ValueError, match=r"is not an export|would replace the input"):
+            convert(ExportConfig(input=model, output=taken, overwrite=True))
+    (tmp_path / "config.json").touch()
+    assert not export_hf.is_export(tmp_path)
+
+
+def test_dry_run_tells_every_tensor_and_writes_nothing(tmp_path: Path) -> None:
+    model = joined(build_tower(CLIPVisionModel), build_language(MistralForCausalLM), tmp_path)
+    before = sorted(tmp_path.iterdir())
+    lines = convert(ExportConfig(input=model, output=tmp_path / "out", dry_run=True, max_shard_size_gb=1e-4))
+    assert sorted(tmp_path.iterdir()) == before
+    convert(ExportConfig(input=model, output=tmp_path / "out", max_shard_size_gb=1e-4))
+    written = {
+        f"{path.name}: {name} {list(tensor.shape)} float32"
+        for path in (tmp_path / "out").glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+    assert {line.split(" <- ")[0] for line in lines if " <- " in line} == written
+    layer = "language_model.decoder.layers.self_attention.linear_qkv.weight[2], query, key and value by group"
+    assert any(line.endswith(f"model.layers.2.self_attn.k_proj.weight [32, 64] float32 <- {layer}") for line in lines)
+    assert any("lm_head.weight [192, 64]" in line and line.endswith("and 42 rows of their mean") for line in lines)
+    assert "config.json" in lines and lines[-1].startswith("nothing was written (--dry-run); 114 tensors")
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    model = imported(build_language(LlamaForCausalLM), tmp_path / "language")
+    file = model / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    for place in range(0, len(content), 1000):
+        content[place : place + 8] = bytes(8)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="__0_0.distcp is damaged"):
+        exported(model)
+    assert {path.name for path in tmp_path.iterdir()} == {"language", "language_hf"}
+
+
+def test_what_differs_from_the_checkpoint_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--verify compares before the folder gets its name."""
+    model = imported(build_language(LlamaForCausalLM), tmp_path / "language")
+    seen = []
+
+    def refuse(checkpoint: Path, *references: Path) -> list[str]:
+        seen.append((checkpoint, [set(weights(folder)) for folder in references]))
+        raise VerificationError("layer 3 differs")
+
+    monkeypatch.setattr(export_hf, "verify", refuse)
+    with pytest.raises(VerificationError):
+        exported(model, verify=True)
+    assert seen == [(model, [set(weights(tmp_path / "language_hf"))])]
+    assert {path.name for path in tmp_path.iterdir()} == {"language", "language_hf"}

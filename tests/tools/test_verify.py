@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import llama
 import megatron_ranks
 import memory
 import mistral
@@ -203,6 +204,26 @@ def test_tensors_that_do_not_fit(decoder: Path) -> None:
         first_difference(decoder)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_that_were_rounded(tmp_path: Path, language: Callable[..., Any], dtype: str) -> None:
+    """By a converter's --dtype, or an export's: the other side is rounded alike, and the report tells it."""
+    model = language(LlamaForCausalLM)
+    model.save_pretrained(tmp_path / "hf")
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "rounded")
+    llama.convert(llama.LlamaConfig(input=tmp_path / "hf", output=tmp_path / "narrow", dtype=dtype))
+    llama.convert(llama.LlamaConfig(input=tmp_path / "hf", output=tmp_path / "wide"))
+    for checkpoint, reference, notes in (
+        ("narrow", "hf", [f"the original's language_model was rounded to torch.{dtype}, as the checkpoint's is"]),
+        ("narrow", "rounded", []),
+        ("wide", "rounded", []),
+    ):
+        references = (tmp_path / reference,)
+        found = verify.outcomes(tmp_path / checkpoint, references, ONE_RANK, 120.0, parity.run_original)
+        with closing(found):
+            outcome = next(found)
+        assert outcome.worst.error < parity.TOLERANCE and outcome.original.notes == notes
+
+
 @pytest.mark.parametrize("fault", ["raises", "hangs"])
 def test_ranks_that_fail_leave_none_behind(decoder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     def compute(*_: object) -> list[Difference]:
@@ -358,26 +379,23 @@ def test_exit_codes_and_streams(decoder: Path) -> None:
 
 
 def test_ended_in_the_middle_it_leaves_nothing(decoder: Path) -> None:
-    """Neither files nor processes: not when it is asked to end, not when the converter that runs it is."""
+    """Neither files nor processes: a converter ends verify.py, and that its ranks."""
     folder = decoder.parent
-    for command in (
-        (CONVERTERS / "verify.py", "--checkpoint", "language", "--reference", "hf"),
-        (CONVERTERS / "mistral.py", "--input", "hf", "--output", "again", "--verify"),
-    ):
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 120
-        while not list(folder.glob(".verify-*/theirs")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 128 + signal.SIGTERM
-        assert sorted(path.name for path in folder.iterdir()) == ["hf", "language"]
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
+    process = subprocess.Popen(
+        [sys.executable, CONVERTERS / "mistral.py", "--input", "hf", "--output", "again", "--verify"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(".verify-*/theirs/index.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert sorted(path.name for path in folder.iterdir()) == ["hf", "language"]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 def test_a_converter_proves_itself(tmp_path: Path, language: Callable[..., Any]) -> None:

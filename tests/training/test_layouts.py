@@ -91,11 +91,7 @@ NEVER_RUN = ("vision_model.decoder.layers.2", "vision_model.ln_post")  # above t
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Any]:
     result = ranks.run(gradients, ParallelConfig(), 1, ParallelConfig())[0]
-    assert all(
-        value[0] is not None
-        for name, value in result["gradients"].items()
-        if not name.startswith(NEVER_RUN)
-    )
+    assert all(value[0] is not None for name, value in result["gradients"].items() if not name.startswith(NEVER_RUN))
     return result
 
 

@@ -85,6 +85,7 @@ def plan(config: ExportConfig) -> Export:
     """
     checkpoint = newest(config.input)
     architecture = _selected(load_architecture(checkpoint), config.part, checkpoint)
+    hugging_face_config.check_projector(architecture)
     parts = _tensors(architecture, checkpoint, config.dtype)
     tokenizer, notes = None, []
     if architecture.language is not None:
@@ -174,7 +175,13 @@ def _extended(parts: Parts, rows: int) -> Parts:
     ((name, (held, width)),) = parts.shapes.items()
     if held == rows:
         return parts
-    return replace(parts, shapes={name: (rows, width)}, read=partial(_read_extended, parts.read, rows - held))
+    new = rows - held
+    return replace(
+        parts,
+        shapes={name: (rows, width)},
+        read=partial(_read_extended, parts.read, new),
+        origin=f"{parts.origin}, and {new} rows of their mean",
+    )
 
 
 def _read_extended(read: Callable[[], tuple[Tensor, ...]], num_rows: int) -> tuple[Tensor, ...]:
@@ -222,7 +229,7 @@ def convert(config: ExportConfig) -> list[str]:
     if config.dry_run:
         return [*_lines(found), *notes, f"nothing was written (--dry-run); {size}"]
     inputs = (config.input, found.checkpoint)
-    with new_folder(config.output, config.overwrite, *inputs, what="an export", is_one=_is_export) as folder:
+    with new_folder(config.output, config.overwrite, *inputs, what="an export", is_one=is_export) as folder:
         for name, content in found.files.items():
             (folder / name).write_bytes(content)
         with progress_bar("writing", total) as on_bytes:
@@ -231,7 +238,7 @@ def convert(config: ExportConfig) -> list[str]:
     return [f"wrote {config.output}: {size}", *notes, *(f"  {line}" for line in proof)]
 
 
-def _is_export(folder: Path) -> bool:
+def is_export(folder: Path) -> bool:
     weights = (folder / "model.safetensors", folder / "model.safetensors.index.json")
     return (folder / "config.json").is_file() and any(path.is_file() for path in weights)
 

@@ -19,7 +19,7 @@ import qwen2
 import transformers
 
 from mmcore.constants import IMAGE_TAG
-from mmcore.models.architecture import Architecture, LanguageArch, ProjectorArch, RotaryScaling, VisionArch
+from mmcore.models.architecture import Architecture, LanguageArch, RotaryScaling, VisionArch
 
 CONFIG_FILE = "config.json"
 
@@ -34,6 +34,19 @@ _VISION: dict[str, tuple[Any, str, encoder.Family]] = {
     "siglip": (partial(transformers.SiglipVisionConfig, vision_use_head=False), "SiglipVisionModel", encoder.SIGLIP),
 }
 _ACTIVATIONS = {ours: theirs for theirs, ours in encoder.ACTIVATIONS.items()}
+
+
+def check_projector(architecture: Architecture) -> None:
+    """Raise a ValueError if there is a projector that Hugging Face's LLaVA does not have."""
+    arch, language = architecture.vision_projection, architecture.language
+    if arch is None or language is None or arch.ffn_hidden_size == language.hidden_size:
+        return
+    shape = "one linear layer" if arch.projector_type == "affine" else f"two layers, {arch.ffn_hidden_size} wide inside"
+    raise ValueError(
+        f"the projector is {shape}, and Hugging Face's LLaVA has two layers that are as wide as the language model "
+        f"({language.hidden_size}), no other: export the towers by --part language and --part vision, or train with "
+        "combine.py's --projector mlp2x_gelu to serve it as LLaVA"
+    )
 
 
 def config(
@@ -60,7 +73,6 @@ def config(
         (tower,) = towers.values()
         return tower
     assert vision is not None and language is not None
-    _check_projector(projector, language)
     llava = transformers.LlavaConfig(
         **towers,
         image_token_index=architecture.image_token_id,
@@ -117,17 +129,6 @@ def processor(arch: VisionArch) -> dict[str, Any]:
 def _select_strategy(arch: VisionArch) -> str:
     """ "default" leaves out the first feature, which is the class token's."""
     return "default" if arch.has_class_token and arch.drop_class_token else "full"
-
-
-def _check_projector(arch: ProjectorArch, language: LanguageArch) -> None:
-    if arch.projector_type == "mlp" and arch.ffn_hidden_size == language.hidden_size:
-        return
-    shape = "one linear layer" if arch.projector_type == "affine" else f"two layers, {arch.ffn_hidden_size} wide inside"
-    raise ValueError(
-        f"the projector is {shape}, and Hugging Face's LLaVA has two layers that are as wide as the language model "
-        f"({language.hidden_size}), no other: export the towers by --part language and --part vision, or train with "
-        "combine.py's --projector mlp2x_gelu to serve it as LLaVA"
-    )
 
 
 def _language_config(arch: LanguageArch, dtype: str, special_ids: dict[str, int | None], path: Path) -> dict[str, Any]:

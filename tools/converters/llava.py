@@ -172,8 +172,8 @@ def _conversation(language: LanguageArch) -> str:
 
 def convert(config: LlavaConfig) -> list[str]:
     """Write the checkpoint; returns lines that tell what was done."""
-    inputs = (config.input, config.vision_tower) if config.vision_tower else (config.input,)
-    return carry_out(config, plan(config), *inputs)
+    conversion = plan(config)
+    return carry_out(config, conversion, *conversion.references)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ from checkpoint_folder import StoredTensor
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VOCAB_DIVISOR
-from mmcore.models.architecture import Architecture, LanguageArch
+from mmcore.constants import LANGUAGE_MODEL, MEGATRON_FILE, VISION_MODEL, VOCAB_DIVISOR
+from mmcore.models.architecture import Architecture, LanguageArch, cut_widths
 
 if TYPE_CHECKING:  # it imports this module
     from conversion import Conversion, OutputConfig
@@ -52,7 +52,7 @@ def check(architecture: Architecture, config: "OutputConfig") -> None:
     """
     size, stages = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     problems = []
-    if bad := [f"the {name} ({width})" for name, width in _widths(architecture).items() if width % size]:
+    if bad := [f"the {name} ({width})" for name, width in cut_widths(architecture).items() if width % size]:
         problems.append(f"--tensor-model-parallel-size {size} does not divide {', '.join(bad)}")
     language = architecture.language
     if language is None and stages > 1:
@@ -67,22 +67,6 @@ def check(architecture: Architecture, config: "OutputConfig") -> None:
         )
     if problems:
         raise ValueError(f"{'; '.join(problems)}: choose sizes that fit")
-
-
-def _widths(architecture: Architecture) -> dict[str, int]:
-    vision, between, language = architecture.vision, architecture.vision_projection, architecture.language
-    widths: dict[str, int] = {}
-    if vision is not None:
-        widths["attention heads of the vision tower"] = vision.num_attention_heads
-        widths["MLP width of the vision tower"] = vision.ffn_hidden_size
-    if language is not None:
-        widths["attention heads of the language model"] = language.num_attention_heads
-        widths["key-value heads of the language model"] = language.num_query_groups
-        widths["MLP width of the language model"] = language.ffn_hidden_size
-    if between is not None:
-        assert language is not None
-        widths["width of the projector"] = between.ffn_hidden_size or language.hidden_size
-    return widths
 
 
 def adapted(conversion: "Conversion", config: "OutputConfig") -> "Conversion":
@@ -223,7 +207,7 @@ def write(
                 files[stage, rank] = stack.enter_context(closing(_RankFile(path, room, rest)))
         for piece in pieces:
             on_bytes(_fill(files, piece, ranks))
-    (folder / "latest_checkpointed_iteration.txt").write_text(f"{ITERATION}\n")
+    (folder / MEGATRON_FILE).write_text(f"{ITERATION}\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from probe import EMBEDDED, EMBEDDING, LOGITS, NORM, PIXELS, PROJECTION, watch, watch_layers
+from reference import read_index
 from torch import Tensor
 from torch.multiprocessing import start_processes
 
@@ -42,15 +43,12 @@ class Difference(NamedTuple):
     note: str = ""
 
 
-def compare(
-    layout: ParallelConfig, folder: Path, probe: Path, theirs: Path, places: list[tuple[str, str]], timeout: float
-) -> list[Difference]:
+def compare(layout: ParallelConfig, folder: Path, probe: Path, theirs: Path, timeout: float) -> list[Difference]:
     """Run a checkpoint at one layout.
 
     Args:
         probe: file of the cases.
         theirs: folder of what the original computed of them.
-        places: case and place of all that is there, in the order of the computation.
         timeout: seconds to wait for the ranks.
     Returns:
         The worst of all ranks, place by place.
@@ -77,7 +75,8 @@ def compare(
                 process.kill()
                 process.join()
         files = [Path(results) / f"{rank}.json" for rank in range(world_size)]
-        return _worst(places, [Difference(*row) for file in files for row in json.loads(file.read_text())])
+        found = [Difference(*row) for file in files for row in json.loads(file.read_text())]
+    return _worst([(case, place) for case, place in read_index(theirs).places], found)
 
 
 def _worst(places: list[tuple[str, str]], found: list[Difference]) -> list[Difference]:
@@ -144,8 +143,11 @@ class Tower(MegatronModule):
 
     def __init__(self, architecture: Architecture, **base: Any) -> None:
         vision, language = architecture.vision, architecture.language
-        assert (vision is None) != (language is None)
-        config = vision_config(vision, **base) if vision is not None else language_config(language, **base)
+        if vision is not None:
+            config = vision_config(vision, **base)
+        else:
+            assert language is not None
+            config = language_config(language, **base)
         super().__init__(config=config)
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
@@ -173,6 +175,7 @@ def differences(layout: ParallelConfig, folder: Path, probe: Path, theirs: Path)
     is_whole = architecture.vision_projection is not None
     model = (LlavaModel(architecture, "local", **base) if is_whole else Tower(architecture, **base)).eval()
     checkpoint.load_checkpoint(folder, model)
+    _round(model, read_index(theirs).dtypes)
     comparison = _Comparison(theirs, architecture)
     _watch(model, comparison)
     for case, inputs in torch.load(probe, weights_only=True).items():
@@ -184,6 +187,13 @@ def differences(layout: ParallelConfig, folder: Path, probe: Path, theirs: Path)
         elif model.pre_process:
             _see(model.vision_model, **inputs)
     return comparison.found
+
+
+def _round(model: Any, dtypes: dict[str, str]) -> None:
+    """Round weights as the original's are, which matters where an export was asked to."""
+    for part, dtype in dtypes.items():
+        for parameter in getattr(model, part).parameters() if hasattr(model, part) else ():
+            parameter.data = parameter.to(getattr(torch, dtype)).float()
 
 
 def _watch(model: Any, comparison: _Comparison) -> None:

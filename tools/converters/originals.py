@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fused_llama
 import joined_llava
 import meta_llama
 import torch
 from torch import Tensor, nn
-from weight_files import Weights, open_file, open_folder, read_json
+from weight_files import open_file, open_folder, read_json
 
-from mmcore.models.architecture import Architecture
+from mmcore.models.architecture import Architecture, VisionArch
 
 Layers = Sequence[nn.Module] | nn.ModuleList
 
@@ -24,19 +25,21 @@ class Original:
     tower: nn.Module | None = None
     """Takes images [n, 3, h, w]."""
     tower_layers: Layers = ()
-    read: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
-    """Tokens int64 [b, s], bool [b, s] where an image embedding goes, images or None -> logits [b, s, v]."""
+    projector: nn.Module | None = None
+    language: nn.Module | None = None
+    """The language model with its head."""
     language_layers: Layers = ()
     norm: nn.Module | None = None
     """The norm after the last layer."""
-    projector: nn.Module | None = None
+    read: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """Tokens int64 [b, s], bool [b, s] where an image embedding goes, images or None -> logits [b, s, v]."""
+    unproven: str = ""
+    """What it was told by the checkpoint, and so proves nothing about."""
 
 
 # Classes of transformers by the model_type of config.json.
 DECODERS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 TOWERS = {name: kind for kind in ("CLIP", "Siglip") for name in (kind.lower(), f"{kind.lower()}_vision_model")}
-# Remote code, which is never run: LLaMA's computation with q, k and v in one matrix.
-FUSED_LLAMA = ("internlm2", "moss2", "llava_moss2")
 
 
 def open_original(paths: Sequence[Path], architecture: Architecture) -> Original:
@@ -52,7 +55,7 @@ def open_original(paths: Sequence[Path], architecture: Architecture) -> Original
     is_folder = (path / "config.json").is_file()
     config = read_json(path / "config.json") if is_folder else {}
     kind = config.get("model_type")
-    if "mm_vision_tower" in config and kind not in FUSED_LLAMA:
+    if "mm_vision_tower" in config and kind not in fused_llama.MODEL_TYPES:
         if len(others) != 1:
             raise ValueError(
                 f"{path} is an original LLaVA's folder, which has no vision tower: give two paths, this folder and "
@@ -67,10 +70,10 @@ def open_original(paths: Sequence[Path], architecture: Architecture) -> Original
         return _tower(path, TOWERS[kind])
     if kind == "llava":
         return _llava(path)
-    if kind in FUSED_LLAMA:
+    if kind in fused_llama.MODEL_TYPES:
         return _fused_llama(path, config)
     if kind is not None:  # timm's folders of open_clip's models have a config.json without one
-        known = ", ".join([*DECODERS, *TOWERS, "llava", *FUSED_LLAMA])
+        known = ", ".join([*DECODERS, *TOWERS, "llava", *fused_llama.MODEL_TYPES])
         raise ValueError(f"{path}: model_type is {kind!r}; the originals that can be run are {known}")
     if (path / "params.json").is_file():
         return _meta_llama(path, architecture)
@@ -106,9 +109,10 @@ def _pretrained(name: str, folder: Path, **options: Any) -> Any:
 def _decoder(model: Any, name: str) -> Original:
     return Original(
         name=name,
-        read=lambda tokens, *_: model(input_ids=tokens, use_cache=False).logits,
+        language=model,
         language_layers=model.model.layers,
         norm=model.model.norm,
+        read=lambda tokens, *_: model(input_ids=tokens, use_cache=False).logits,
     )
 
 
@@ -138,10 +142,11 @@ def _llava(folder: Path) -> Original:
         name=f"transformers' {name}",
         tower=vision,
         tower_layers=vision.encoder.layers,
-        read=read,
+        projector=model.model.multi_modal_projector,
+        language=nn.ModuleList([language, model.lm_head]),
         language_layers=language.layers,
         norm=language.norm,
-        projector=model.model.multi_modal_projector,
+        read=read,
     )
 
 
@@ -152,49 +157,9 @@ def _fill(model: nn.Module, read: Callable[[str], Tensor]) -> None:
 
 
 def _fused_llama(folder: Path, config: dict[str, Any]) -> Original:
-    """InternLM2: LLaMA, whose `wqkv` has for every key-value head its query heads, its key and its value."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    names += ("num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
-    scaling = dict(config.get("rope_scaling") or {"type": "default"})
-    scaling |= {"rope_type": scaling.pop("type", scaling.get("rope_type")), "rope_theta": config.get("rope_theta", 1e4)}
-    known = {name: config[name] for name in names if name in config}
-    equivalent = LlamaConfig(**known, rope_parameters=scaling, attn_implementation="eager")
-    with torch.device("meta"):  # else random weights are drawn first, which takes minutes
-        model = LlamaForCausalLM(equivalent)
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(equivalent)  # its frequencies are no weights
-    model.tie_weights()
-    weights = open_folder(folder)
-    per_group = equivalent.num_attention_heads // equivalent.num_key_value_heads
-
-    def read(name: str) -> Tensor:
-        for theirs, ours in FUSED_NAMES.items():
-            name = name.replace(theirs, ours)
-        if ".self_attn." not in name:
-            return weights.read(name)
-        layer, part = name.split(".self_attn.")
-        fused = weights.read(f"{layer}.attention.wqkv.weight")
-        heads = fused.unflatten(0, (equivalent.num_key_value_heads, per_group + 2, -1))
-        parts = {"q": heads[:, :per_group], "k": heads[:, per_group], "v": heads[:, per_group + 1]}
-        return parts[part[0]].reshape(-1, fused.shape[1])
-
-    _fill(model, read)
-    return _decoder(model.eval(), "transformers' LlamaForCausalLM, its q, k and v split out of wqkv")
-
-
-# Names of transformers' LLaMA in InternLM2's.
-FUSED_NAMES = {
-    "embed_tokens": "tok_embeddings",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.up_proj": "feed_forward.w3",
-    "mlp.down_proj": "feed_forward.w2",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "lm_head": "output",
-}
+    model, weights = fused_llama.build(config), open_folder(folder)
+    _fill(model, lambda name: fused_llama.read(name, weights, model.config))
+    return _decoder(model, "transformers' LlamaForCausalLM, with q, k and v out of wqkv")
 
 
 def _meta_llama(folder: Path, architecture: Architecture) -> Original:
@@ -211,9 +176,10 @@ def _meta_llama(folder: Path, architecture: Architecture) -> Original:
     _fill(model, weights.read)
     return Original(
         name="LLaMA in plain torch",
-        read=lambda tokens, *_: model(tokens),
+        language=model,
         language_layers=model.layers,
         norm=model.norm,
+        read=lambda tokens, *_: model(tokens),
     )
 
 
@@ -221,28 +187,38 @@ def _open_clip(path: Path, architecture: Architecture) -> Original:
     """OpenAI's CLIP or one of open_clip's: in open_clip they are the same."""
     from open_clip.model import _build_vision_tower
 
-    weights, sizes, quick_gelu = _open_clip_weights(path, architecture)
+    if path.is_dir():
+        config = read_json(path / "open_clip_config.json")["model_cfg"]
+        sizes, quick_gelu, unproven = config["vision_cfg"], bool(config.get("quick_gelu")), ""
+        files = sorted(file for file in path.glob("open_clip_*") if file.suffix in (".safetensors", ".bin"))
+        if not files:
+            raise ValueError(f"{path} holds open_clip_config.json but no weights of open_clip")
+        weights = open_file(files[-1])
+    else:
+        vision = architecture.vision
+        if vision is None:
+            raise ValueError(f"{path} is a vision tower, and the checkpoint has none")
+        weights, sizes = open_file(path), _sizes(vision)
+        # OpenAI's archives are known by the sizes that they hold, and all have this activation.
+        quick_gelu = "input_resolution" in weights.headers or vision.activation == "quick_gelu"
+        unproven = "heads and activation are not proven: the original's file does not tell them"
     width = weights.headers["visual.proj"].shape[1] if "visual.proj" in weights.headers else 1
     model = _build_vision_tower(width, sizes, quick_gelu)
     names = {name.removeprefix("visual."): name for name in weights.headers if name.startswith("visual.")}
-    missing = model.state_dict().keys() - names.keys() - {"proj"}
-    if missing or names.keys() - model.state_dict().keys():
-        raise ValueError(f"{path} does not fit open_clip's VisionTransformer: {sorted(missing)}")
+    if differing := names.keys() ^ (model.state_dict().keys() - ({"proj"} - names.keys())):
+        raise ValueError(f"{path} does not fit open_clip's VisionTransformer: {', '.join(sorted(differing))}")
     model.load_state_dict({short: weights.read(name) for short, name in names.items()}, strict=False)
-    return Original(name="open_clip's VisionTransformer", tower=model.eval(), tower_layers=model.transformer.resblocks)
+    return Original(
+        name="open_clip's VisionTransformer",
+        tower=model.eval(),
+        tower_layers=model.transformer.resblocks,
+        unproven=unproven,
+    )
 
 
-def _open_clip_weights(path: Path, architecture: Architecture) -> tuple[Weights, dict[str, Any], bool]:
-    if path.is_dir():
-        config = read_json(path / "open_clip_config.json")["model_cfg"]
-        files = sorted(file for file in path.glob("open_clip_*") if file.suffix in (".safetensors", ".bin"))
-        if not files:
-            raise ValueError(f"{path} holds no weights of open_clip")
-        return open_file(files[-1]), config["vision_cfg"], bool(config.get("quick_gelu"))
-    vision = architecture.vision
-    if vision is None:
-        raise ValueError(f"{path} is a vision tower, and the checkpoint has none")
-    sizes = {
+def _sizes(vision: VisionArch) -> dict[str, Any]:
+    """open_clip's vision_cfg."""
+    return {
         "image_size": vision.image_size,
         "layers": vision.num_layers,
         "width": vision.hidden_size,
@@ -250,7 +226,6 @@ def _open_clip_weights(path: Path, architecture: Architecture) -> tuple[Weights,
         "mlp_ratio": (vision.ffn_hidden_size + 0.5) / vision.hidden_size,  # the product is cut to an integer
         "patch_size": vision.patch_dim,
     }
-    return open_file(path), sizes, vision.activation == "quick_gelu"
 
 
 def _joined_llava(folder: Path, config: dict[str, Any], tower: Path, architecture: Architecture) -> Original:
@@ -277,8 +252,10 @@ def _joined_llava(folder: Path, config: dict[str, Any], tower: Path, architectur
         name=f"LLaVA of {vision.name} and transformers' {DECODERS[kind]}",
         tower=vision.tower,
         tower_layers=vision.tower_layers,
-        read=model,
+        projector=projector,
+        language=language,
         language_layers=language.model.layers,
         norm=language.model.norm,
-        projector=projector,
+        read=model,
+        unproven=vision.unproven,
     )

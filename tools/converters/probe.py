@@ -82,9 +82,10 @@ def _text(architecture: Architecture, shape: tuple[int, ...], random: torch.Gene
     """Any tokens but the image token, which may be one of the vocabulary's."""
     assert architecture.language is not None
     image, size = architecture.image_token_id, architecture.language.vocab_size
-    is_inside = image is not None and image < size
-    tokens = torch.randint(0, size - is_inside, shape, generator=random)
-    return tokens + tokens.ge(image) if is_inside else tokens
+    if image is None or image >= size:
+        return torch.randint(0, size, shape, generator=random)
+    tokens = torch.randint(0, size - 1, shape, generator=random)
+    return tokens + tokens.ge(image)
 
 
 def watch_layers(

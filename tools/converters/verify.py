@@ -14,7 +14,6 @@ if __name__ == "__main__":
     # Before torch is imported. One thread here: a rank that is forked from a process with threads hangs.
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
-import json
 import subprocess
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -29,7 +28,7 @@ from conversion import VerificationError
 from megatron_ranks import Difference, compare
 from memory import check_memory
 from probe import build_probe, unreached
-from reference import INDEX, ReferenceConfig
+from reference import Index, ReferenceConfig, read_index
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from mmcore.config import ParallelConfig
@@ -57,14 +56,18 @@ class VerifyConfig:
     timeout: float = 3600.0
     """Seconds that the original, and each layout, may take."""
 
+    def __post_init__(self) -> None:
+        if not (self.tolerance > 0 and self.timeout > 0):
+            raise ValueError(f"--tolerance and --timeout must be above 0, not {self.tolerance:g} and {self.timeout:g}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """One layout's result."""
 
     layout: ParallelConfig
-    original: str
-    """What ours was compared with."""
+    original: Index
+    """Of what ours was compared with."""
     differences: list[Difference]
     """At every place, in the order of the computation."""
 
@@ -114,14 +117,13 @@ def outcomes(
         torch.save(build_probe(load_architecture(folder)), probe)
         originals = tuple(references) or (_export(folder, Path(work) / "export"),)
         run_original(ReferenceConfig(input=originals, checkpoint=folder, probe=probe, output=theirs), timeout)
-        index = json.loads((theirs / INDEX).read_text())
-        places = [(case, place) for case, place in index["places"]]
+        index = read_index(theirs)
         for layout in layouts:
             try:
-                found = compare(layout, folder, probe, theirs, places, timeout)
+                found = compare(layout, folder, probe, theirs, timeout)
             except (ProcessRaisedException, ProcessExitedException) as error:
                 raise VerificationError(f"{layout_name(layout)} could not be run: {str(error).strip()}") from None
-            yield Outcome(layout=layout, original=index["name"], differences=found)
+            yield Outcome(layout=layout, original=index, differences=found)
 
 
 def _export(folder: Path, output: Path) -> Path:
@@ -159,7 +161,7 @@ def describe(outcome: Outcome, tolerance: float) -> str:
     known = f"at most {max(difference.error for difference in before):.1e}" if before else "none, for it is the first"
     how_much = first.note or f"it differs by {first.error:.1e} of the largest value there"
     return (
-        f"the checkpoint does not compute what {outcome.original} does. At {layout_name(outcome.layout)}, given "
+        f"the checkpoint does not compute what {outcome.original.name} does. At {layout_name(outcome.layout)}, given "
         f"{first.case}, {first.place} is the first place that differs by more than {tolerance:.0e}: {how_much}. "
         f"Differences before it: {known}"
     )
@@ -185,8 +187,11 @@ def prove(config: VerifyConfig) -> list[str]:
                 raise VerificationError(describe(outcome, config.tolerance) + agreed)
             worst = outcome.worst
             report.append(f"{layout_name(outcome.layout)}: {worst.error:.1e}, at {worst.place}")
-    title = f"computes what {outcome.original} does; largest difference anywhere, relative to the largest value there:"
-    return [title, *(f"  {line}" for line in (*report, *left_out, *unreached(architecture)))]
+    title = (
+        f"computes what {outcome.original.name} does; largest difference anywhere, relative to the largest value there:"
+    )
+    lines = (*report, *left_out, *unreached(architecture), *outcome.original.notes)
+    return [title, *(f"  {line}" for line in lines)]
 
 
 def _num_parameters(folder: Path, architecture: Architecture) -> int:
