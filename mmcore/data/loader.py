@@ -205,8 +205,8 @@ def build_train_loader(
     """
     if image_token_id < tokenizer.vocab_size and image_token_id not in tokenizer.control.values():
         raise ValueError(
-            f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: it must "
-            "lie beyond them or be a control token; convert the model again with this tokenizer"
+            f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: it "
+            "must lie beyond them or be a control token; convert the model again with this tokenizer"
         )
     if num_image_embeddings >= config.seq_length:
         raise ValueError(

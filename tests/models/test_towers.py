@@ -1,18 +1,22 @@
-"""Converted towers against the libraries that made them, logit by logit, at TP 1, TP 2 and PP 2.
+"""The whole model against the libraries that made its parts, joined by hand, at every layout.
 
-From the original's file through the converter, the checkpoint and the sharded model. Tolerance: 1e-5
-of the largest value. Measured: logits at TP 1 are equal to the bit, sums in another order give 1e-6.
+From the originals' files through the converters, the checkpoint and the sharded model to features and
+logits. tools/converters/verify.py looks at every layer; this looks at the model as training calls it,
+and shares no code with it. Tolerance: 1e-5 of the largest value. Measured: sums in another order give
+1e-6.
 """
 
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
+from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 from mmcore import checkpoint
@@ -22,12 +26,24 @@ from mmcore.models.llava import LlavaModel, base_config
 from tests import ranks
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = ("--num-attention-heads", 4, "--activation", "quick_gelu")
-LAYOUTS = {
-    "tp1": (ParallelConfig(), 1),
-    "tp2": (ParallelConfig(tensor_model_parallel_size=2), 2),
-    "pp2": (ParallelConfig(pipeline_model_parallel_size=2), 2),
-}
+HEADS, VOCABULARY, WIDTH, PATCHES = 8, 150, 64, 16
+LAYOUTS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)]
+
+
+class Inputs(NamedTuple):
+    """Two samples: text before, between and after two images, and text alone."""
+
+    tokens: Tensor
+    """int64 [2, s], the image token where an image embedding goes."""
+    images: Tensor
+    """float32 [2, 3, 32, 32]."""
+
+
+class Towers(NamedTuple):
+    checkpoint: Path
+    clip: Any
+    mistral: Any
+    projector: dict[str, Tensor]
 
 
 def convert(name: str, *arguments: object) -> None:
@@ -44,23 +60,22 @@ def noisy(model: torch.nn.Module) -> Any:
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory: Any) -> tuple[Path, Any, Any]:
-    """The combined checkpoint and the two originals."""
+def towers(tmp_path_factory: Any) -> Towers:
     folder = tmp_path_factory.mktemp("towers")
     torch.manual_seed(0)
-    vision = {"layers": 4, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32}
+    vision = {"layers": 4, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": 8, "image_size": 32}
     text = {"context_length": 8, "vocab_size": 40, "width": 32, "heads": 2, "layers": 1}
     clip = noisy(open_clip.model.CLIP(16, vision, text, quick_gelu=True))
     torch.save(clip.state_dict(), folder / "clip.pt")
     mistral = noisy(
         MistralForCausalLM(
             MistralConfig(
-                vocab_size=150,
-                hidden_size=64,
+                vocab_size=VOCABULARY,
+                hidden_size=WIDTH,
                 intermediate_size=96,
                 num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
+                num_attention_heads=HEADS,
+                num_key_value_heads=HEADS // 2,
                 head_dim=16,
                 sliding_window=None,
                 rope_theta=1e6,
@@ -69,63 +84,80 @@ def towers(tmp_path_factory: Any) -> tuple[Path, Any, Any]:
         )
     )
     mistral.save_pretrained(folder / "mistral")
-    convert(
-        "clip",
-        "--input",
-        folder / "clip.pt",
-        "--output",
-        folder / "vision",
-        "--num-attention-heads",
-        4,
-        "--activation",
-        "quick_gelu",
-    )
+    projector = {}
+    for name, shape in {
+        "0.weight": (WIDTH, WIDTH),
+        "0.bias": (WIDTH,),
+        "2.weight": (WIDTH, WIDTH),
+        "2.bias": (WIDTH,),
+    }.items():
+        projector[name] = 0.2 * torch.randn(shape)
+    torch.save({f"model.mm_projector.{name}": tensor for name, tensor in projector.items()}, folder / "projector.bin")
+    clip_options = ("--num-attention-heads", HEADS, "--activation", "quick_gelu")
+    convert("clip", "--input", folder / "clip.pt", "--output", folder / "vision", *clip_options)
     convert("mistral", "--input", folder / "mistral", "--output", folder / "language")
-    convert("combine", "--vision", folder / "vision", "--language", folder / "language", "--output", folder / "model")
-    return folder / "model", clip, mistral
+    parts = ("--vision", folder / "vision", "--language", folder / "language")
+    convert("combine", *parts, "--projector-weights", folder / "projector.bin", "--output", folder / "model")
+    return Towers(folder / "model", clip, mistral, projector)
 
 
-def outputs(layout: ParallelConfig, folder: Path, tokens: torch.Tensor, images: torch.Tensor) -> tuple[Any, Any]:
+def inputs() -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, VOCABULARY, (2, 48), generator=generator)
+    tokens[0, 7 : 7 + PATCHES] = VOCABULARY
+    tokens[0, 30 : 30 + PATCHES] = VOCABULARY
+    return Inputs(tokens, torch.randn(2, 3, 32, 32, generator=generator))
+
+
+def joined(towers: Towers, given: Inputs) -> tuple[Tensor, Tensor]:
+    """Features [2, 16, h] and logits [2 * s, v], by the originals."""
+    hidden = []
+    blocks = towers.clip.visual.transformer.resblocks
+    hooks = [block.register_forward_hook(lambda *args: hidden.append(args[2])) for block in blocks]
+    towers.clip.visual(given.images)
+    for hook in hooks:
+        hook.remove()
+    features = hidden[-2][:, 1:]  # the second-to-last layer's, without the class token
+    weights = towers.projector
+    inside = F.gelu(features @ weights["0.weight"].T + weights["0.bias"])
+    projected = inside @ weights["2.weight"].T + weights["2.bias"]
+    is_image = given.tokens == VOCABULARY
+    embeddings = towers.mistral.get_input_embeddings()(given.tokens.masked_fill(is_image, 0))
+    embeddings[is_image] = projected.flatten(0, 1)
+    return features, towers.mistral(inputs_embeds=embeddings).logits.flatten(0, 1)
+
+
+def outputs(layout: ParallelConfig, folder: Path, given: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """Vision features and logits, each from the stage that has them."""
     model = LlavaModel(load_architecture(folder), "local", **base_config(layout)).eval()
     checkpoint.load_checkpoint(folder, model)
-    features = model.vision_model(images) if model.pre_process else None
-    hidden = torch.empty(tokens.shape[1], len(tokens), 64)
+    features = model.vision_model(given.images) if model.pre_process else None
     if not model.pre_process:
+        hidden = torch.empty(*given.tokens.T.shape, WIDTH)  # [s, b, h]
         torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor([hidden])
-    output = model(tokens)
+    output = model(given.tokens, given.images)
     if not model.post_process:
         torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
         output = None
     return features, output
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
 @torch.no_grad()
-def test_towers_equal_their_originals(name: str, towers: tuple[Path, Any, Any]) -> None:
-    folder, clip, mistral = towers
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, 150, (2, 40), generator=generator)
-    images = torch.randn(3, 3, 32, 32, generator=generator)
-
-    hidden = []
-    hooks = [
-        block.register_forward_hook(lambda *args: hidden.append(args[2])) for block in clip.visual.transformer.resblocks
-    ]
-    clip.visual(images)
-    for hook in hooks:
-        hook.remove()
-    expected_features = hidden[-2][:, 1:]  # the second-to-last layer's, without the class token
-    expected_logits = mistral(tokens).logits.flatten(0, 1)
-
-    layout, world_size = LAYOUTS[name]
-    results = ranks.run(outputs, layout, world_size, layout, folder, tokens, images)
+def test_the_whole_equals_its_originals(tensor: int, pipeline: int, towers: Towers) -> None:
+    given = inputs()
+    expected_features, expected_logits = joined(towers, given)
+    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    results = ranks.run(outputs, layout, tensor * pipeline, layout, towers.checkpoint, given)
     features = [result[0] for result in results if result[0] is not None]
     logits = [result[1] for result in results if result[1] is not None]
-    assert features and logits
+    assert len(features) == len(logits) == tensor
     for found in features:
-        torch.testing.assert_close(found, expected_features, rtol=0, atol=1e-5 * float(expected_features.abs().max()))
+        assert_close(found, expected_features)
     for found in logits:
-        assert found.shape == expected_logits.shape
-        torch.testing.assert_close(found, expected_logits, rtol=0, atol=1e-5 * float(expected_logits.abs().max()))
+        assert_close(found, expected_logits)

@@ -1,11 +1,20 @@
 """Output is whole or not there, and nothing is replaced that should not be."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoint_folder import StoredTensor, new_folder, stored_tensors, write_checkpoint
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 
 def tensors() -> dict[str, StoredTensor]:
@@ -51,6 +60,75 @@ def test_layer_by_layer_whatever_the_chunks(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").unlink()
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         stored_tensors(tmp_path, "vision_model")
+
+
+def test_pieces_of_ranks_are_put_together(tmp_path: Path) -> None:
+    """As tensor parallel ranks leave them: cut across the rows, across the columns, or both."""
+    whole = torch.arange(24.0).view(2, 3, 4)
+    places = [((layer, 0, column), (1, 3, 2)) for layer in range(2) for column in (0, 2)]
+    ranks_write(tmp_path, "vision_model.decoder.layers.x", whole, places)
+    found = stored_tensors(tmp_path, "vision_model")["vision_model.decoder.layers.x"]
+    assert torch.equal(torch.cat([found.read(layer) for layer in range(2)]), whole)
+
+
+def test_a_missing_piece_is_an_error(tmp_path: Path) -> None:
+    ranks_write(tmp_path, "vision_model.x", torch.ones(4, 4), [((0, 0), (2, 4)), ((2, 0), (1, 4))])
+    with pytest.raises(
+        ValueError, match=r"not a complete checkpoint: parts of vision_model\.x are in none of its files"
+    ):
+        stored_tensors(tmp_path, "vision_model")["vision_model.x"].read(0)
+
+
+def ranks_write(folder: Path, key: str, whole: torch.Tensor, places: list[tuple[tuple[int, ...], ...]]) -> None:
+    """A checkpoint of one tensor in pieces, each with its offsets and sizes."""
+    names = [f"{key}.{number}" for number in range(len(places))]
+    pieces = [
+        whole[tuple(slice(start, start + size) for start, size in zip(*place, strict=True))].clone() for place in places
+    ]
+    write_checkpoint(
+        folder,
+        {
+            name: StoredTensor(
+                shape=tuple(piece.shape), dtype=piece.dtype, chunks=(lambda piece=piece: piece,), is_stacked=False
+            )
+            for name, piece in zip(names, pieces, strict=True)
+        },
+    )
+    path = folder / ".metadata"
+    metadata: Any = dcp.FileSystemReader(folder).read_metadata()
+    chunks = [ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)) for offsets, sizes in places]
+    metadata.storage_data = {
+        MetadataIndex(key, chunk.offsets): metadata.storage_data[MetadataIndex(name, torch.Size([0] * whole.ndim))]
+        for name, chunk in zip(names, chunks, strict=True)
+    }
+    metadata.state_dict_metadata = {
+        key: TensorStorageMetadata(TensorProperties(dtype=whole.dtype), whole.shape, chunks)
+    }
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls what `name` is in `module`."""
+
+    def text(value: str) -> bytes:
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    return b"\x80\x04" + text(module) + text(name) + b"\x93" + text(argument) + b"\x85R."
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    # A name with a dot reaches through a module of which some names are allowed.
+    [("posix", "system"), ("torch.serialization", "os.system"), ("torch", "serialization.os.system")],
+)
+def test_the_description_runs_no_code(tmp_path: Path, module: str, name: str) -> None:
+    write_checkpoint(tmp_path, tensors())
+    (tmp_path / ".metadata").write_bytes(call(module, name, f"touch {tmp_path}/executed"))
+    with pytest.raises(ValueError, match=r"\.metadata cannot be read .*is not part of a checkpoint's description"):
+        stored_tensors(tmp_path, "vision_model")
+    assert not (tmp_path / "executed").exists()
+    pickle.loads((tmp_path / ".metadata").read_bytes())
+    assert (tmp_path / "executed").exists()
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -99,3 +177,22 @@ def test_nothing_else_is_ever_replaced(tmp_path: Path) -> None:
     with new_folder(tmp_path / "new" / "deep", False):
         pass
     assert (tmp_path / "new" / "deep").is_dir()
+
+
+def test_what_counts_as_an_output_of_its_kind(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export").write_text("old")
+    kind: dict[str, Any] = {"what": "an export", "is_one": lambda folder: (folder / "export").exists()}
+    with pytest.raises(ValueError, match="is not a checkpoint"), new_folder(tmp_path / "out", True):
+        pass
+    with (
+        pytest.raises(ValueError, match=r"holds an export: .*--overwrite"),
+        new_folder(tmp_path / "out", False, **kind),
+    ):
+        pass
+    with new_folder(tmp_path / "out", True, **kind):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+    other = checkpoint(tmp_path / "other", "a checkpoint")
+    with pytest.raises(ValueError, match="is not an export"), new_folder(other, True, **kind):
+        pass

@@ -5,7 +5,33 @@ A message's content is a text, with <image> where a picture stands, or a list of
 control token makes one there, though never in training.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glue:
+    """What has to stand before a text that follows a control token, so that its tokens are those of it alone.
+
+    Training encodes stretch by stretch, an engine all at once. Some tokenizers begin every stretch of
+    text with a space, as SentencePiece does, and some only the first one.
+    """
+
+    jinja: str
+    """Of the text `stretch`, which is not empty."""
+    join: Callable[[str], str]
+    """The same in Python: glue and text."""
+
+
+GLUES = (
+    Glue(jinja="''", join=lambda stretch: stretch),
+    Glue(jinja="' '", join=lambda stretch: f" {stretch}"),
+    # For those that leave a text alone which begins with a space, or SentencePiece's sign for it.
+    Glue(
+        jinja="('' if stretch[0] in ' \u2581' else ' ')",
+        join=lambda stretch: stretch if stretch[0] in " \u2581" else f" {stretch}",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,19 +39,14 @@ class ChatTemplate:
     """One row of `TEMPLATES`."""
 
     jinja: str
-    """CONTENT stands for what puts the message's content into content.text, GLUE for `written`'s."""
+    """CONTENT stands for what puts the message's content into content.text, GLUE for the glue before a stretch."""
     content: str
     control: tuple[str, ...] = ()
     """Tokens that the tokenizer must have."""
 
-    def written(self, glue: str) -> str:
-        """The template for a tokenizer.
-
-        Args:
-            glue: what has to stand before a text that follows a control token, so that its tokens are
-                those of the text alone.
-        """
-        lines = self.jinja.replace("CONTENT", self.content).replace("GLUE", repr(glue)).splitlines()
+    def written(self, glue: Glue) -> str:
+        """The template for a tokenizer that needs this glue."""
+        lines = self.jinja.replace("CONTENT", self.content).replace("GLUE", glue.jinja).splitlines()
         return "".join(line.strip() for line in lines)
 
 
@@ -78,7 +99,8 @@ _PLAIN = """
     {%- endif -%}
 {%- endfor -%}
 {%- if content.answer -%}
-    {{- GLUE + content.answer + eos_token -}}
+    {%- set stretch = content.answer -%}
+    {{- GLUE + stretch + eos_token -}}
 {%- endif -%}
 """
 
@@ -112,9 +134,9 @@ _MISTRAL_INSTRUCT = """
         {%- endfor -%}
         {{- '[/INST]' -}}
     {%- elif message['role'] == 'assistant' -%}
-        {%- set content.text = content.text.rstrip(' ') -%}
-        {%- if content.text -%}
-            {{- GLUE + content.text -}}
+        {%- set stretch = content.text.rstrip(' ') -%}
+        {%- if stretch -%}
+            {{- GLUE + stretch -}}
         {%- endif -%}
         {{- eos_token -}}
     {%- endif -%}

@@ -96,8 +96,10 @@ def generation_config(special_ids: dict[str, int | None]) -> dict[str, Any]:
 def image_processor(arch: VisionArch) -> dict[str, Any]:
     """preprocessor_config.json: what mmcore.data.image does to a picture, whatever the tower.
 
-    transformers rounds the corner of the crop down, training to even: where a picture's longer side,
-    resized, exceeds image_size by 3, 7, 11, ... pixels, the engines see it one pixel beside.
+    Two differences are beyond it. transformers 5 resizes by torchvision, which rounds in other places;
+    with backend="pil" it does as training. And it rounds the corner of the crop down, training to even:
+    where a picture's longer side, resized, exceeds image_size by 3, 7, 11, ... pixels, engines see it one
+    pixel beside.
     """
     return {
         "image_processor_type": "CLIPImageProcessor",

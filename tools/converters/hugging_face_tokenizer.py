@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from chat_templates import TEMPLATES
+from chat_templates import GLUES, TEMPLATES, Glue
 from sentencepiece import SentencePieceProcessor
 from sentencepiece_tokenizer import convert_sentencepiece
 from tokenizer_files import SENTENCEPIECE_FILES, TOKENIZER_FILES
@@ -130,7 +130,7 @@ def with_chat_template(known: ExportTokenizer, conversation: str) -> tuple[Expor
     if missing := [token for token in template.control if known.tokenizer.token_to_id(token) is None]:
         return known, f"no chat template: the tokenizer lacks {' and '.join(missing)} of {conversation}"
     glue = _glue(known)
-    text = template.written(glue or "")
+    text = template.written(glue or GLUES[0])
     config = {key: value for key, value in known.config.items() if key != "chat_template"}
     files = known.files | {
         CONFIG_FILE: _bytes(config),
@@ -146,16 +146,12 @@ def has_chat_template(known: ExportTokenizer) -> bool:
     return "chat_template" in known.config or bool({TEMPLATE_FILE, OLD_TEMPLATE_FILE} & known.files.keys())
 
 
-def _glue(known: ExportTokenizer) -> str | None:
-    """What makes a text after a control token what it is alone, or None if nothing does.
-
-    Training encodes stretch by stretch. Some tokenizers begin every stretch with a space, as
-    SentencePiece does, and some only the first one of a conversation.
-    """
+def _glue(known: ExportTokenizer) -> Glue | None:
+    """The glue with which texts after a control token have the ids of training, or None if none does it."""
     id = known.tokenizer.token_to_id(IMAGE_TAG)
     whole = _encoder(known.tokenizer)
-    for glue in ("", " "):
-        if all(whole(f"{IMAGE_TAG}{glue}{text}") == [id, *known.encode(text)] for text in _PROBES):
+    for glue in GLUES:
+        if all(whole(IMAGE_TAG + glue.join(text)) == [id, *known.encode(text)] for text in _PROBES):
             return glue
     return None
 
