@@ -23,6 +23,10 @@ def build_projector(architecture: Architecture, backend: Backend, **base: Any) -
         add_bias_linear=arch.add_bias_linear,
         **{**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None},
     )
-    return MultimodalProjector(
-        config, mlp_submodules(backend, fused_norm=False), arch.projector_type, vision.hidden_size
-    )
+    # Transformer Engine's layers cannot gather what tensor ranks computed, which one layer alone has to.
+    is_affine = arch.projector_type == "affine"
+    linears = mlp_submodules("local" if is_affine else backend, fused_norm=False)
+    projector = MultimodalProjector(config, linears, arch.projector_type, vision.hidden_size)
+    if is_affine:
+        projector.encoder.skip_bias_add = False  # mcore would add a rank's share of the bias to the whole
+    return projector

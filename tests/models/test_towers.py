@@ -40,10 +40,11 @@ class Inputs(NamedTuple):
 
 
 class Towers(NamedTuple):
-    checkpoint: Path
+    folder: Path
+    """Holds a checkpoint by the name of each projector."""
     clip: Any
     mistral: Any
-    projector: dict[str, Tensor]
+    projectors: dict[str, dict[str, Tensor]]
 
 
 def convert(name: str, *arguments: object) -> None:
@@ -84,21 +85,22 @@ def towers(tmp_path_factory: Any) -> Towers:
         )
     )
     mistral.save_pretrained(folder / "mistral")
-    projector = {}
-    for name, shape in {
-        "0.weight": (WIDTH, WIDTH),
-        "0.bias": (WIDTH,),
-        "2.weight": (WIDTH, WIDTH),
-        "2.bias": (WIDTH,),
-    }.items():
-        projector[name] = 0.2 * torch.randn(shape)
-    torch.save({f"model.mm_projector.{name}": tensor for name, tensor in projector.items()}, folder / "projector.bin")
+    square, row = (WIDTH, WIDTH), (WIDTH,)
+    shapes = {
+        "mlp2x_gelu": {"0.weight": square, "0.bias": row, "2.weight": square, "2.bias": row},
+        "linear": {"weight": square, "bias": row},
+    }
     clip_options = ("--num-attention-heads", HEADS, "--activation", "quick_gelu")
     convert("clip", "--input", folder / "clip.pt", "--output", folder / "vision", *clip_options)
     convert("mistral", "--input", folder / "mistral", "--output", folder / "language")
     parts = ("--vision", folder / "vision", "--language", folder / "language")
-    convert("combine", *parts, "--projector-weights", folder / "projector.bin", "--output", folder / "model")
-    return Towers(folder / "model", clip, mistral, projector)
+    projectors = {}
+    for kind, tensors in shapes.items():
+        projectors[kind] = {name: 0.2 * torch.randn(shape) for name, shape in tensors.items()}
+        state = {f"model.mm_projector.{name}": tensor for name, tensor in projectors[kind].items()}
+        torch.save(state, folder / f"{kind}.bin")
+        convert("combine", *parts, "--projector-weights", folder / f"{kind}.bin", "--output", folder / kind)
+    return Towers(folder, clip, mistral, projectors)
 
 
 def inputs() -> Inputs:
@@ -109,7 +111,14 @@ def inputs() -> Inputs:
     return Inputs(tokens, torch.randn(2, 3, 32, 32, generator=generator))
 
 
-def joined(towers: Towers, given: Inputs) -> tuple[Tensor, Tensor]:
+def projected(features: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    if "weight" in weights:
+        return features @ weights["weight"].T + weights["bias"]
+    inside = F.gelu(features @ weights["0.weight"].T + weights["0.bias"])
+    return inside @ weights["2.weight"].T + weights["2.bias"]
+
+
+def joined(towers: Towers, projector: str, given: Inputs) -> tuple[Tensor, Tensor]:
     """Features [2, 16, h] and logits [2 * s, v], by the originals."""
     hidden = []
     blocks = towers.clip.visual.transformer.resblocks
@@ -118,12 +127,9 @@ def joined(towers: Towers, given: Inputs) -> tuple[Tensor, Tensor]:
     for hook in hooks:
         hook.remove()
     features = hidden[-2][:, 1:]  # the second-to-last layer's, without the class token
-    weights = towers.projector
-    inside = F.gelu(features @ weights["0.weight"].T + weights["0.bias"])
-    projected = inside @ weights["2.weight"].T + weights["2.bias"]
     is_image = given.tokens == VOCABULARY
     embeddings = towers.mistral.get_input_embeddings()(given.tokens.masked_fill(is_image, 0))
-    embeddings[is_image] = projected.flatten(0, 1)
+    embeddings[is_image] = projected(features, towers.projectors[projector]).flatten(0, 1)
     return features, towers.mistral(inputs_embeds=embeddings).logits.flatten(0, 1)
 
 
@@ -147,13 +153,14 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("projector", ["mlp2x_gelu", "linear"])
 @pytest.mark.parametrize(("tensor", "pipeline"), LAYOUTS)
 @torch.no_grad()
-def test_the_whole_equals_its_originals(tensor: int, pipeline: int, towers: Towers) -> None:
+def test_the_whole_equals_its_originals(tensor: int, pipeline: int, projector: str, towers: Towers) -> None:
     given = inputs()
-    expected_features, expected_logits = joined(towers, given)
+    expected_features, expected_logits = joined(towers, projector, given)
     layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
-    results = ranks.run(outputs, layout, tensor * pipeline, layout, towers.checkpoint, given)
+    results = ranks.run(outputs, layout, tensor * pipeline, layout, towers.folder / projector, given)
     features = [result[0] for result in results if result[0] is not None]
     logits = [result[1] for result in results if result[1] is not None]
     assert len(features) == len(logits) == tensor

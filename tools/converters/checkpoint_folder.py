@@ -6,7 +6,6 @@ whole checkpoint from shapes and asks for each tensor when its turn to be writte
 
 import json
 import os
-import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from checkpoint_pickles import read_metadata, read_tensor
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
@@ -30,24 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from mmcore.constants import MODEL_FILE
 
 _METADATA_FILE = ".metadata"
-# All that torch pickles into it: what it names would else be imported and called. (A name with dots
-# reaches into the module, so these are whole names.)
-_METADATA_NAMES = {
-    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
-    "torch": ("Size",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    ),
-    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
-    "torch.serialization": ("_get_layout",),
-}
 # megatron/core/dist_checkpointing/core.py, CheckpointingConfig.
 _FORMAT_FILE = "metadata.json"
 _FORMAT = {
@@ -193,7 +179,7 @@ def stored_tensors(folder: Path, module: str) -> dict[str, StoredTensor]:
     """
     if not (folder / _FORMAT_FILE).is_file() or not (folder / _METADATA_FILE).is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it lacks {_FORMAT_FILE} or {_METADATA_FILE}")
-    metadata = _read_metadata(folder)
+    metadata = read_metadata(folder / _METADATA_FILE)
     found: dict[str, StoredTensor] = {}
     for key, stored in metadata.state_dict_metadata.items():
         if not key.startswith(f"{module}.") or not isinstance(stored, TensorStorageMetadata):
@@ -237,33 +223,7 @@ def _read(folder: Path, metadata: Metadata, key: str, layer: int | None) -> Tens
 
 
 def _read_piece(folder: Path, metadata: Metadata, item: ReadItem) -> Tensor:
-    # Not by torch's FileSystemReader, which copies once more and so takes twice as long.
+    # Not by torch's FileSystemReader, which copies every byte twice.
     place: Any = metadata.storage_data[item.storage_index]
-    try:
-        with (folder / place.relative_path).open("rb") as file:
-            piece = torch.load(
-                _create_file_view(file, place.offset, place.length), map_location="cpu", weights_only=True
-            )
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{folder / place.relative_path} is damaged: {item.storage_index.fqn} ({error})") from None
+    piece = read_tensor(folder / place.relative_path, place.offset, place.length)
     return narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
-
-
-class _MetadataReader(pickle.Unpickler):
-    """Reads what torch's writer leaves in .metadata, and refuses to make anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _METADATA_NAMES.get(module, ()) or (
-            module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        ):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's description")
-
-
-def _read_metadata(folder: Path) -> Metadata:
-    path = folder / _METADATA_FILE
-    try:
-        with path.open("rb") as file:
-            return _MetadataReader(file).load()
-    except Exception as error:  # a damaged pickle can raise any
-        raise ValueError(f"{path} cannot be read as the description of a checkpoint ({error})") from None

@@ -13,12 +13,11 @@ from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VISION_PROJECTION
 from mmcore.models.architecture import Architecture, LanguageArch
 
 PIXELS = "pixels"
-EMBEDDED, EMBEDDING = f"{VISION_MODEL}.embedded", f"{LANGUAGE_MODEL}.embedding"
-PROJECTION, NORM, LOGITS = (
-    VISION_PROJECTION,
-    f"{LANGUAGE_MODEL}.decoder.final_layernorm",
-    f"{LANGUAGE_MODEL}.output_layer",
-)
+EMBEDDED = f"{VISION_MODEL}.embedded"
+PROJECTION = VISION_PROJECTION
+EMBEDDING = f"{LANGUAGE_MODEL}.embedding"
+NORM = f"{LANGUAGE_MODEL}.decoder.final_layernorm"
+LOGITS = f"{LANGUAGE_MODEL}.output_layer"
 
 # Tokens of a usual text, those beyond a window's end, and the longest window that is worth it.
 TEXT, BEYOND, FAR = 40, 24, 512
