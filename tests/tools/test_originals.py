@@ -9,10 +9,10 @@ from typing import Any
 
 import clip
 import llama
-import originals
 import pytest
 import torch
 import verify
+from parity import originals
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import probe
 import torch
 import verify
+from parity import probe
 
 from mmcore.models.architecture import (
     Architecture,

@@ -12,8 +12,6 @@ from typing import Any
 import clip
 import combine
 import export_hf
-import megatron_ranks
-import memory
 import mistral
 import pytest
 import siglip
@@ -21,7 +19,9 @@ import torch
 import verify
 from checkpoint_folder import stored_tensors, write_checkpoint
 from conversion import VerificationError
-from megatron_ranks import Difference
+from parity import memory
+from parity import ranks as megatron_ranks
+from parity.ranks import Difference
 from torch import Tensor
 from transformers import CLIPVisionModel, MistralForCausalLM, SiglipVisionModel
 

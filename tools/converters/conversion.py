@@ -13,7 +13,7 @@ from typing import Literal
 
 import megatron_format
 from checkpoint_folder import StoredTensor, new_folder, write_checkpoint
-from memory import check_memory
+from parity.memory import check_memory
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from weight_files import sha256

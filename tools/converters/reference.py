@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from checkpoint_folder import stored_tensors
 from command_line import run
-from originals import Original, open_original
-from probe import EMBEDDED, EMBEDDING, LOGITS, NORM, PIXELS, PROJECTION, watch, watch_layers
+from parity.originals import Original, open_original
+from parity.probe import EMBEDDED, EMBEDDING, LOGITS, NORM, PIXELS, PROJECTION, watch, watch_layers
 from torch import Tensor, nn
 
 from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VISION_PROJECTION

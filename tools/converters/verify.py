@@ -25,9 +25,9 @@ import torch
 from checkpoint_folder import stored_tensors
 from command_line import run
 from conversion import VerificationError
-from megatron_ranks import Difference, compare
-from memory import check_memory
-from probe import build_probe, unreached
+from parity.memory import check_memory
+from parity.probe import build_probe, unreached
+from parity.ranks import Difference, compare
 from reference import Index, ReferenceConfig, read_index
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 

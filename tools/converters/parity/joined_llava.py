@@ -7,7 +7,7 @@ multimodal_projector/builder.py.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from probe import watch
+from parity.probe import watch
 from torch import Tensor, nn
 from weight_files import Weights
 

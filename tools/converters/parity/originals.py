@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fused_llama
-import joined_llava
-import meta_llama
 import torch
+from parity import fused_llama, joined_llava, meta_llama
 from torch import Tensor, nn
 from weight_files import open_file, open_folder, read_json
 

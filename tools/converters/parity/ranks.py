@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from probe import EMBEDDED, EMBEDDING, LOGITS, NORM, PIXELS, PROJECTION, watch, watch_layers
+from parity.probe import EMBEDDED, EMBEDDING, LOGITS, NORM, PIXELS, PROJECTION, watch, watch_layers
 from reference import read_index
 from torch import Tensor
 from torch.multiprocessing import start_processes
