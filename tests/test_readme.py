@@ -71,7 +71,7 @@ def folder(tmp_path_factory: Any) -> Path:
 def test_the_recipe(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     recipe = commands("The LLaVA recipe, full size")
-    assert len(recipe) == 9
+    assert len(recipe) == 10
     for command in recipe:
         words = [Path(word).name for word in shlex.split(command)]
         smaller = " ".join(options for name, options in SMALLER.items() if name in words)
@@ -84,6 +84,7 @@ def test_the_recipe(folder: Path) -> None:
     assert scores["task"] == "coco" and scores["num_samples"] == 5
     for run in ("pretrain", "sft"):
         assert [path.name for path in (folder / "runs" / run).glob("step_*")] == ["step_00000002"]
+    assert MistralForCausalLM.from_pretrained(folder / "export" / "mistral").config.vocab_size == 32768
 
 
 def test_the_tests_command_itself() -> None:
@@ -102,10 +103,18 @@ def test_every_file_of_the_tree_has_its_line() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "examples/quickstart/README.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "docs/converters.md", "examples/quickstart/README.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
             if not target.startswith("https://"):
                 assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"
+
+
+def test_contributing_shows_what_is_there() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    files = [path.read_text() for folder in ("tools", "tests") for path in (ROOT / folder).rglob("*.py")]
+    for block in blocks:
+        assert any(block in text for text in files), f"not in the tree any more:\n{block}"
 
 
 def test_the_quickstart_command(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Takes what a converter, combine.py or mmcore train wrote, trained at any layout.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from hugging_face_tokenizer import (
     with_chat_template,
     with_image_token,
 )
+from parity.memory import check_memory
 from safetensors_folder import Shard, split, total_bytes, write_folder
 from torch import Tensor
 from weight_map import DifferencesError, Dtype, Parts, export
@@ -36,6 +38,8 @@ from mmcore.models.architecture import Architecture, load_architecture, newest
 # Tables with a row for each token; those that have to grow do so to a multiple, as llava-hf's own did.
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_DIVISOR = 64
+
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +125,11 @@ def _selected(whole: Architecture, part: str, checkpoint: Path) -> Architecture:
         raise ValueError(f"--part {part}: {checkpoint} has none, only {has}")
     if part == "llava":
         return whole
-    return Architecture(**{part: found[part]}, conversation=whole.conversation)
+    return Architecture(
+        vision=whole.vision if part == "vision" else None,
+        language=whole.language if part == "language" else None,
+        conversation=whole.conversation,
+    )
 
 
 def _tensors(architecture: Architecture, checkpoint: Path, dtype: Dtype) -> list[Parts]:
@@ -147,9 +155,9 @@ def _prefixed(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tupl
 def _with_pictures(
     architecture: Architecture, tokenizer: ExportTokenizer | None
 ) -> tuple[Architecture, ExportTokenizer | None, list[str]]:
-    """Give <image> a token that has a row, which transformers and engines look up before the picture takes its place.
+    """Make <image> a token of the tokenizer, with a row, which engines look up before the picture takes its place.
 
-    Ours needs none: it may lie beyond the tables.
+    Ours has no need of one, and may lie beyond the tables.
     """
     language, id, notes = architecture.language, architecture.image_token_id, []
     assert language is not None and id is not None
@@ -205,12 +213,14 @@ def _files(
         files |= tokenizer.files
     content = {"config.json": hugging_face_config.config(architecture, _name(dtype), special_ids, checkpoint)}
     if architecture.language is not None:
-        content["generation_config.json"] = hugging_face_config.generation_config(special_ids)
+        content[GENERATION_FILE] = hugging_face_config.generation_config(special_ids)
     if architecture.vision is not None:
         content["preprocessor_config.json"] = hugging_face_config.image_processor(architecture.vision)
-    if architecture.vision_projection is not None and tokenizer is not None:
-        content["processor_config.json"] = hugging_face_config.processor(architecture.vision)
-    return files | {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in content.items()}
+        if architecture.language is not None and tokenizer is not None:
+            content["processor_config.json"] = hugging_face_config.processor(architecture.vision)
+    files |= {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in content.items()}
+    own = checkpoint / TOKENIZER_DIR / GENERATION_FILE  # as llava.py brings it along: it may end at more tokens
+    return files | ({GENERATION_FILE: own.read_bytes()} if own.is_file() else {})
 
 
 def convert(config: ExportConfig) -> list[str]:
@@ -228,6 +238,8 @@ def convert(config: ExportConfig) -> list[str]:
     notes = [f"  {note}" for note in found.notes]
     if config.dry_run:
         return [*_lines(found), *notes, f"nothing was written (--dry-run); {size}"]
+    if config.verify:
+        check_memory(sum(math.prod(header.shape) for shard in found.shards for header in shard.tensors.values()))
     inputs = (config.input, found.checkpoint)
     with new_folder(config.output, config.overwrite, *inputs, what="an export", is_one=is_export) as folder:
         for name, content in found.files.items():
@@ -239,6 +251,7 @@ def convert(config: ExportConfig) -> list[str]:
 
 
 def is_export(folder: Path) -> bool:
+    """Whether a folder holds what `convert` writes."""
     weights = (folder / "model.safetensors", folder / "model.safetensors.index.json")
     return (folder / "config.json").is_file() and any(path.is_file() for path in weights)
 

@@ -73,7 +73,8 @@ def config(
         (tower,) = towers.values()
         return tower
     assert vision is not None and language is not None
-    llava = transformers.LlavaConfig(
+    kind: Any = transformers.LlavaConfig
+    llava = kind(
         **towers,
         image_token_index=architecture.image_token_id,
         image_seq_length=vision.num_image_embeddings,

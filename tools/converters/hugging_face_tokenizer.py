@@ -98,7 +98,7 @@ def with_image_token(known: ExportTokenizer) -> tuple[ExportTokenizer, int]:
     added = {token.content: id for id, token in known.tokenizer.get_added_tokens_decoder().items()}
     if IMAGE_TAG in added:
         return known, added[IMAGE_TAG]
-    used = set(known.tokenizer.get_vocab(with_added_tokens=True).values())
+    used = {id for text, id in known.tokenizer.get_vocab(with_added_tokens=True).items() if text != IMAGE_TAG}
     tokenizer = Tokenizer.from_str(known.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(IMAGE_TAG, normalized=False)])
     id = tokenizer.token_to_id(IMAGE_TAG)
@@ -126,9 +126,9 @@ def with_chat_template(known: ExportTokenizer, conversation: str) -> tuple[Expor
     """
     template = TEMPLATES.get(conversation)
     if template is None:
-        return known, f"no chat template: none is known for conversations of {conversation!r}"
+        return known, f"no chat template for pictures: none is known for conversations of {conversation!r}"
     if missing := [token for token in template.control if known.tokenizer.token_to_id(token) is None]:
-        return known, f"no chat template: the tokenizer lacks {' and '.join(missing)} of {conversation}"
+        return known, f"no chat template for pictures: the tokenizer lacks {' and '.join(missing)} of {conversation}"
     glue = _glue(known)
     text = template.written(glue or GLUES[0])
     config = {key: value for key, value in known.config.items() if key != "chat_template"}

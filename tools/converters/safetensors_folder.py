@@ -11,8 +11,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,9 @@ def _header(shard: Shard) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file: BinaryIO, header: Header, blocks: Iterator[Tensor], on_bytes: Callable[[int], None]) -> None:
+def _write_tensor(
+    file: BufferedWriter, header: Header, blocks: Iterator[Tensor], on_bytes: Callable[[int], None]
+) -> None:
     missing = _num_bytes(header)
     while missing > 0:
         block = next(blocks)
