@@ -138,11 +138,24 @@ def converter(name: str, source: Path, target: Path) -> tuple[float, float]:
     command = [sys.executable, str(CONVERTERS / name), "--input", str(source), "--output", str(target)]
     start = time.perf_counter()
     process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
+    peak = 0
+    while process.poll() is None:
+        # The kernel's own high-water mark. What wait4 tells would include this process before it became that one.
+        peak = max(peak, _high_water_mark(process.pid))
+        time.sleep(0.1)
     taken = time.perf_counter() - start
-    if status:
+    if process.returncode:
         sys.exit(f"{name} failed")
-    return taken, usage.ru_maxrss * 1024 / 1e9
+    return taken, peak / 1e9
+
+
+def _high_water_mark(pid: int) -> int:
+    """Most resident memory that a process ever had, mapped files included, in bytes; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def read_back(folder: Path, name: str) -> torch.Tensor:

@@ -207,6 +207,7 @@ def test_a_llava_comes_back(name: str, tied: bool, tmp_path: Path) -> None:
     text = {"tie_word_embeddings": tied, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = build_llava(tower, language, text=text, **changes).bfloat16()
     model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     llava.convert(llava.LlavaConfig(input=tmp_path / "hf", output=tmp_path / "model"))
     folder = exported(tmp_path / "model")
     source = {
@@ -225,6 +226,7 @@ def test_a_llava_comes_back(name: str, tied: bool, tmp_path: Path) -> None:
         config.pop("image_seq_length")  # what the tests' builder leaves at its default
         config["text_config"].pop("head_dim", None)  # which Qwen2 follows where it is, and does not write
     assert first == second
+    assert found.generation_config.eos_token_id == [7, 8]
     assert found.config.image_seq_length == load_architecture(tmp_path / "model").vision.num_image_embeddings
 
 
@@ -339,6 +341,8 @@ def test_parts_of_a_whole(tmp_path: Path) -> None:
             wanted = {f"vision_model.{name}": tensor for name, tensor in own.items()}
         assert_same(weights(folder), wanted)
         loads(kind, folder)
+    with pytest.raises(ValueError, match=r"--verify compares all .* leave it out with --part language"):
+        convert(ExportConfig(input=model, output=tmp_path / "x", part="language", verify=True))
     with pytest.raises(ValueError, match=r"--part vision: .*language has none, only language"):
         convert(ExportConfig(input=tmp_path / "language", output=tmp_path / "x", part="vision"))
     with pytest.raises(ValueError, match=r"--part llava: .*vision has none, only vision"):

@@ -88,7 +88,10 @@ def plan(config: ExportConfig) -> Export:
         ValueError: the checkpoint has no such part, or Hugging Face has no model of that kind.
     """
     checkpoint = newest(config.input)
-    architecture = _selected(load_architecture(checkpoint), config.part, checkpoint)
+    whole = load_architecture(checkpoint)
+    architecture = _selected(whole, config.part, checkpoint)
+    if config.verify and whole.vision_projection is not None and architecture.vision_projection is None:
+        raise ValueError(f"--verify compares all of a checkpoint: leave it out with --part {config.part}")
     hugging_face_config.check_projector(architecture)
     parts = _tensors(architecture, checkpoint, config.dtype)
     tokenizer, notes = None, []

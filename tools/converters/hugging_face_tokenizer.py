@@ -102,6 +102,7 @@ def with_image_token(known: ExportTokenizer) -> tuple[ExportTokenizer, int]:
     tokenizer = Tokenizer.from_str(known.tokenizer.to_str())
     tokenizer.add_special_tokens([AddedToken(IMAGE_TAG, normalized=False)])
     id = tokenizer.token_to_id(IMAGE_TAG)
+    assert id is not None
     if id in used:
         raise ValueError(f"{TOKENIZER_FILE}: its ids have gaps, and {IMAGE_TAG} would be {id}, which is in use")
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

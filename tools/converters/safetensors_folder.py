@@ -108,7 +108,7 @@ def _write_tensor(
     while missing > 0:
         block = next(blocks)
         assert block.dtype == header.dtype, f"{block.dtype} in the place of {header.dtype}"
-        file.write(block.reshape(-1).view(torch.uint8).numpy())
+        file.write(block.reshape(-1).view(torch.uint8).numpy().data)
         missing -= block.nbytes
         on_bytes(block.nbytes)
     assert missing == 0, "a block reaches beyond its tensor"

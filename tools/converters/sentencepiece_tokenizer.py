@@ -7,7 +7,6 @@ a leading space that SentencePiece does not give it.
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -30,10 +29,10 @@ def convert_sentencepiece(path: Path) -> tuple[Tokenizer, dict[str, str]]:
     Raises:
         ValueError: not a SentencePiece model, or not of byte-pair encoding.
     """
-    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  (made at run time)
+    model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
-    except DecodeError as error:
+    except Exception as error:  # of protobuf's, whose module is no dependency of ours
         raise ValueError(f"{path} cannot be read as a SentencePiece model ({error}): copy it again") from None
     if model.trainer_spec.model_type != _BPE or model.trainer_spec.treat_whitespace_as_suffix:
         raise ValueError(
