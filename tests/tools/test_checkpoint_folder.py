@@ -1,6 +1,7 @@
 """Output is whole or not there, and nothing is replaced that should not be."""
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_folder import StoredTensor, new_folder, stored_tensors, write_checkpoint
+from checkpoint_pickles import read_tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -129,6 +131,40 @@ def test_the_description_runs_no_code(tmp_path: Path, module: str, name: str) ->
     assert not (tmp_path / "executed").exists()
     pickle.loads((tmp_path / ".metadata").read_bytes())
     assert (tmp_path / "executed").exists()
+
+
+def test_tensors_of_all_kinds_read_back(tmp_path: Path) -> None:
+    """Turned ones are stored as they lie in memory, and bytes before others leave those at odd places."""
+    state = {
+        "bytes": torch.arange(7, dtype=torch.uint8),
+        "turned": torch.randn(3, 5).T,
+        "double": torch.randn(2, 2, dtype=torch.float64),
+        "half": torch.randn(4).bfloat16(),
+        "one": torch.tensor(3.0),
+    }
+    write_checkpoint(
+        tmp_path,
+        {
+            f"vision_model.{name}": StoredTensor(
+                shape=tuple(tensor.shape), dtype=tensor.dtype, chunks=(lambda t=tensor: t,), is_stacked=False
+            )
+            for name, tensor in state.items()
+        },
+    )
+    found = stored_tensors(tmp_path, "vision_model")
+    for name, tensor in state.items():
+        read = found[f"vision_model.{name}"].read(0)
+        assert read.dtype == tensor.dtype and torch.equal(read, tensor), name
+
+
+def test_a_tensor_runs_no_code(tmp_path: Path) -> None:
+    """What is in a piece is a pickle too."""
+    command = call("posix", "system", f"touch {tmp_path}/executed")
+    with zipfile.ZipFile(tmp_path / "piece", "w") as archive:
+        archive.writestr("archive/data.pkl", command)
+    with pytest.raises(ValueError, match=r"piece is damaged: .*posix\.system is not part of a tensor"):
+        read_tensor(tmp_path / "piece", 0, (tmp_path / "piece").stat().st_size)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:

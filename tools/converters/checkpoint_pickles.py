@@ -77,9 +77,10 @@ class _TensorReader(pickle.Unpickler):
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         before = offset % mmap.ALLOCATIONGRANULARITY  # which zipfile passes over
         # Copied where it is written to, which nobody does: torch takes no view that is only for reading.
-        self.view: Any = _View(file.fileno(), before + length, offset=offset - before, access=mmap.ACCESS_COPY)
+        view: Any = _View(file.fileno(), before + length, offset=offset - before, access=mmap.ACCESS_COPY)
+        self.view = view
         self.view.madvise(mmap.MADV_WILLNEED)  # else it comes from the disk page by page, as it is looked at
-        self.archive = zipfile.ZipFile(self.view)
+        self.archive = zipfile.ZipFile(view)
         self.root = self.archive.namelist()[0].split("/")[0]
         super().__init__(self.archive.open(f"{self.root}/data.pkl"))
 
