@@ -140,7 +140,6 @@ def test_tensors_of_all_kinds_read_back(tmp_path: Path) -> None:
         "turned": torch.randn(3, 5).T,
         "double": torch.randn(2, 2, dtype=torch.float64),
         "half": torch.randn(4).bfloat16(),
-        "one": torch.tensor(3.0),
     }
     write_checkpoint(
         tmp_path,

@@ -25,6 +25,7 @@ def run(kind: type[Config], convert: Callable[[Config], list[str]]) -> int:
     """
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _leave)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     try:
         report = convert(tyro.cli(kind, prog=name, config=(tyro.conf.FlagCreatePairsOff,)))
     except ValueError as error:

@@ -111,7 +111,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raise a ValueError if `path` does not hold a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
