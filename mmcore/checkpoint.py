@@ -17,9 +17,11 @@ import json
 import queue
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from mmcore import distributed
@@ -27,6 +29,8 @@ from mmcore.constants import TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, checkpoints, save_architecture
 
 from megatron.core import dist_checkpointing  # isort: skip  (after mmcore.distributed, which mends it)
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # isort: skip
 
 RUN_FILE, MANIFEST_FILE = "run.json", "manifest.json"
@@ -163,4 +167,25 @@ def _sharded(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
     state = {"model": weights}
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA)
+        state["untrained"] = _untrained_layers(model, weights, state["optimizer"])
     return state
+
+
+def _untrained_layers(model: Any, weights: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+    """Optimizer state, all zeros, of layers that have none while others of their stack are trained.
+
+    megatron-core keeps the layers of a block in one tensor, and writes no tensor with holes. The layers
+    of a vision tower above its feature layer are such.
+    """
+    trained = {tensor.key: tensor.dtype for tensor in nested_values(optimizer) if isinstance(tensor, ShardedTensor)}
+    found = {}
+    for name, parameter in _unwrapped(model).named_parameters():
+        weight = weights[name]
+        if parameter.requires_grad or not isinstance(weight, ShardedTensor):
+            continue
+        for moment in ("param", "exp_avg", "exp_avg_sq"):
+            key = f"optimizer.state.{moment}.{weight.key}"
+            if key in trained:
+                zeros = torch.zeros_like(parameter, dtype=trained[key], requires_grad=False)
+                found[f"{moment}.{name}"] = replace(weight, key=key, data=zeros, dtype=trained[key])
+    return found

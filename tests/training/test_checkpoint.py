@@ -101,6 +101,17 @@ def test_stage_without_trained_parameters(tmp_path: Path) -> None:
         assert result == first[2 * STEPS :]
 
 
+@pytest.mark.parametrize(("written", "read"), [("tp1", "tp1"), ("tp2", "tp2"), ("tp2", "tp1"), ("pp2", "dp2")])
+def test_trained_tower_below_layers_that_never_run(written: str, read: str, tmp_path: Path) -> None:
+    """The tower's last layer lies above the feature layer: it has weights, and no optimizer state."""
+    (tmp_path / "tokenizer").mkdir()
+    layout, world_size = ALL[written]
+    first = ranks.run(lambda: run(layout, tmp_path, resume=False, steps=2 * STEPS, freeze=()), layout, world_size)[0]
+    layout, world_size = ALL[read]
+    for result in ranks.run(lambda: run(layout, tmp_path, resume=True, steps=2, freeze=()), layout, world_size):
+        assert result == pytest.approx(first[2 * STEPS : 2 * STEPS + 4], rel=0 if written == read else 1e-4)
+
+
 def test_damage_is_refused_and_named(saved: Any, tmp_path: Path) -> None:
     folder, _ = saved["tp1"]
     copy = tmp_path / "copy"
