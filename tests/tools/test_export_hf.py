@@ -1,19 +1,13 @@
 """export_hf.py: what leaves is, bit for bit, what came, and transformers computes with it what we do."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import clip
 import combine
-import decoder
 import export_hf
 import llama
 import llava
@@ -22,7 +16,6 @@ import pytest
 import qwen2
 import siglip
 import torch
-from checkpoint_folder import StoredTensor, write_checkpoint
 from conversion import VerificationError
 from export_hf import ExportConfig, convert
 from safetensors.torch import load_file
@@ -43,13 +36,10 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from weight_map import Move
 
 from mmcore.checkpoint import save_checkpoint
 from mmcore.config import OptimizerConfig, ParallelConfig
-from mmcore.constants import EXIT_DONE, EXIT_USAGE
 from mmcore.models.architecture import (
-    Architecture,
     load_architecture,
     save_architecture,
 )
@@ -440,72 +430,3 @@ def test_what_differs_from_the_checkpoint_is_not_left(tmp_path: Path, monkeypatc
         exported(model, verify=True)
     assert seen == [(model, [set(weights(tmp_path / "language_hf"))])]
     assert {path.name for path in tmp_path.iterdir()} == {"language", "language_hf"}
-
-
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def test_the_command(tmp_path: Path) -> None:
-    joined(build_tower(CLIPVisionModel), build_language(MistralForCausalLM), tmp_path)
-    command = [str(SCRIPTS / "export_hf.py"), "--input", "model", "--output", "out"]
-    done = run(tmp_path, *command)
-    assert (done.returncode, done.stderr) == (EXIT_DONE, "") and done.stdout.startswith("wrote out: 114 tensors")
-    again = run(tmp_path, *command)
-    assert again.returncode == EXIT_USAGE and again.stdout == "" and "\n\n" not in again.stderr
-    assert again.stderr.startswith("export_hf.py: --output ") and "Traceback" not in again.stderr
-
-
-def test_ended_in_the_middle_it_leaves_nothing(tmp_path: Path) -> None:
-    imported(build_language(LlamaForCausalLM), tmp_path / "language")
-    before = sorted(tmp_path.iterdir())
-    script = (
-        f"import os, signal, sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
-        "import export_hf, safetensors_folder\n"
-        "write, written = safetensors_folder._write_tensor, []\n"
-        "def once(*arguments):\n"
-        "    write(*arguments), written.append(1)\n"
-        "    len(written) == 5 and os.kill(os.getpid(), signal.SIGTERM)\n"
-        "safetensors_folder._write_tensor = once\n"
-        "sys.argv = 'export_hf.py --input language --output out'.split()\n"
-        "sys.exit(export_hf.run(export_hf.ExportConfig, export_hf.convert))\n"
-    )
-    ended = run(tmp_path, "-c", script)
-    assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, ""), ended.stderr
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_memory_is_that_of_the_largest_tensors(tmp_path: Path) -> None:
-    """60 layers of 4 MB and tables of 4 MB leave in less than 60 MB more than nothing takes."""
-    language = replace(tiny.LANGUAGE, num_layers=60, hidden_size=256, ffn_hidden_size=1024, vocab_size=4096)
-    rows = decoder.weight_map(language)
-    shapes = {row.target: row for row in rows if isinstance(row, Move)}
-    tensors = {
-        key: StoredTensor(
-            shape=row.shape,
-            dtype=torch.float32,
-            chunks=tuple(partial(torch.ones, row.shape) for _ in range(60 if row.is_stacked else 1)),
-            is_stacked=row.is_stacked,
-        )
-        for key, row in shapes.items()
-    }
-    (tmp_path / "model").mkdir()
-    write_checkpoint(tmp_path / "model", tensors)
-    save_architecture(Architecture(language=language), tmp_path / "model")
-    script = (
-        f"import resource, sys; sys.path.insert(0, {str(SCRIPTS)!r})\n"
-        "import export_hf\n"
-        "from pathlib import Path\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "config = export_hf.ExportConfig(input=Path('model'), output=Path('out'), max_shard_size_gb=0.1)\n"
-        "export_hf.plan(config)\n"
-        "before = peak()\n"
-        "export_hf.convert(config)\n"
-        "print((peak() - before) // 1024)\n"
-    )
-    done = run(tmp_path, "-c", script)
-    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) > 200e6
-    assert int(done.stdout) < 60, done.stderr
