@@ -1,8 +1,9 @@
-"""What leaves the data side: one sample with its sequence laid out, and a padded batch of them.
+"""What leaves the data side: one sample with its sequence laid out, and a batch of them.
 
-b batch, s sequence, n images (or tiles) of the whole batch, t trained tokens of the whole batch.
+b samples, s tokens, n images (or tiles), t trained tokens of the whole batch.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,33 +24,30 @@ class EncodedSample:
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """One micro batch, padded at the right; what every rank of a model replica receives."""
+    """One micro batch: samples back to back in one row; what every rank of a model replica receives."""
 
     keys: list[str]
-    tokens: Tensor  # int64 [b, s]; 0 where padded
-    labels: Tensor  # int64 [b, s]; the next token, 0 where it is not trained
-    loss_mask: Tensor  # float32 [b, s]; 0 where it is not trained
-    loss_positions: Tensor  # int64 [t]; where loss_mask is not 0, in the flattened [b * s]
+    tokens: Tensor  # int64 [1, s]
+    labels: Tensor  # int64 [1, s]; the next token, 0 where it is not trained
+    loss_mask: Tensor  # float32 [1, s]; 0 where it is not trained
+    loss_positions: Tensor  # int64 [t]; where loss_mask is not 0
     images: Tensor  # uint8 [n, 3, h, w]
+    cu_seqlens: Tensor  # int32 [b + 1]; where each sample begins, and the end
+    max_seqlen: int
+    """Tokens of the longest sample."""
 
 
 def collate(samples: Sequence[EncodedSample]) -> Batch:
-    """Pad samples to the longest of them.
-
-    Padding stands behind the text and attention is causal, so no mask is needed.
-    """
-    length = max(len(sample.tokens) for sample in samples)
-
-    def padded(name: str) -> Tensor:
-        rows = [getattr(sample, name) for sample in samples]
-        return torch.stack([torch.nn.functional.pad(row, (0, length - len(row))) for row in rows])  # [b, s]
-
-    loss_mask = padded("loss_mask")
+    """Put samples one after the other: no padding; attention and positions begin anew with each."""
+    lengths = [len(sample.tokens) for sample in samples]
+    loss_mask = torch.cat([sample.loss_mask for sample in samples])
     return Batch(
         keys=[sample.key for sample in samples],
-        tokens=padded("tokens"),
-        labels=padded("labels"),
-        loss_mask=loss_mask,
-        loss_positions=loss_mask.flatten().nonzero().squeeze(-1),
+        tokens=torch.cat([sample.tokens for sample in samples])[None],
+        labels=torch.cat([sample.labels for sample in samples])[None],
+        loss_mask=loss_mask[None],
+        loss_positions=loss_mask.nonzero().squeeze(-1),
         images=torch.cat([sample.images for sample in samples]),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+        max_seqlen=max(lengths),
     )

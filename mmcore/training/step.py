@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -27,8 +28,25 @@ class StepResult:
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     """mcore's forward-step contract: this stage's output, and what turns it into a loss."""
     batch = next(batches)
-    output = model(batch.tokens, batch.images, labels=batch.labels, positions=batch.loss_positions)
+    output = model(
+        batch.tokens,
+        batch.images,
+        labels=batch.labels,
+        positions=batch.loss_positions,
+        packed_seq_params=packed_seq_params(batch),
+    )
     return output, partial(token_loss, batch)
+
+
+def packed_seq_params(batch: Batch) -> PackedSeqParams:
+    """Where the samples of a batch begin, as mcore's attention and rotary embeddings take it."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=batch.cu_seqlens,
+        cu_seqlens_kv=batch.cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+    )
 
 
 def train_step(

@@ -41,7 +41,7 @@ def take(stream: Loader, count: int) -> list[Batch]:
 
 
 def same(left: list[Batch], right: list[Batch]) -> bool:
-    tensors = ("tokens", "labels", "loss_mask", "loss_positions", "images")
+    tensors = ("tokens", "labels", "loss_mask", "loss_positions", "images", "cu_seqlens")
     return len(left) == len(right) and all(
         one.keys == other.keys and all(torch.equal(getattr(one, name), getattr(other, name)) for name in tensors)
         for one, other in zip(left, right, strict=True)
@@ -54,7 +54,8 @@ def keys(batches: list[Batch]) -> list[str]:
 
 def test_a_batch_is_what_the_shard_holds(dataset: Path, tokenizer: Tokenizer) -> None:
     for batch in take(loader(dataset, tokenizer), 10):
-        assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape
+        assert batch.tokens.shape == batch.labels.shape == batch.loss_mask.shape == (1, int(batch.cu_seqlens[-1]))
+        assert batch.cu_seqlens.dtype == torch.int32 and batch.max_seqlen == int(batch.cu_seqlens.diff().max())
         assert batch.tokens.dtype == batch.labels.dtype == torch.int64
         assert batch.images.shape == (4, 3, 16, 16) and batch.images.dtype == torch.uint8
         assert (batch.tokens == tokenizer.vocab_size).sum().item() == 4 * NUM_IMAGE_EMBEDDINGS
@@ -62,7 +63,9 @@ def test_a_batch_is_what_the_shard_holds(dataset: Path, tokenizer: Tokenizer) ->
             number = int(key)
             assert torch.equal(batch.images[row], preprocess(decode_image(picture(number)), 16))
             answer = tokenizer.encode((f"it is number {number} " + "one " * (number % 5)).rstrip(" "))
-            assert batch.labels[row][batch.loss_mask[row] > 0].tolist() == [*answer, tokenizer.eos_id]
+            place = slice(*batch.cu_seqlens[row : row + 2].tolist())
+            assert batch.tokens[0, place][0] == tokenizer.bos_id
+            assert batch.labels[0, place][batch.loss_mask[0, place] > 0].tolist() == [*answer, tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -159,7 +162,7 @@ def test_cut_samples_are_counted(dataset: Path, tokenizer: Tokenizer) -> None:
     full = keys(take(loader(dataset, tokenizer), 20))
     long = loader(dataset, tokenizer, data={"seq_length": 25})
     batches = take(long, 20)
-    assert keys(batches) == full and max(batch.tokens.shape[1] for batch in batches) == 25
+    assert keys(batches) == full and max(batch.max_seqlen for batch in batches) == 25
     assert 0 < long.cut < 80 and long.skipped == 0
 
 
@@ -172,7 +175,7 @@ def test_text_and_several_rounds(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (batch,) = take(loader(tmp_path / "out", tokenizer, micro_batch_size=2), 1)
     assert batch.images.shape == (0, 3, 16, 16)
     answers = [*tokenizer.encode("one"), tokenizer.eos_id, *tokenizer.encode("two"), tokenizer.eos_id]
-    assert batch.labels[0][batch.loss_mask[0] > 0].tolist() == answers
+    assert batch.labels[0, batch.loss_positions].tolist() == 2 * answers  # the one sample, twice
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,18 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from mmcore.config import ParallelConfig
 from mmcore.constants import VOCAB_DIVISOR
+from mmcore.data.batch import Batch, collate
 from mmcore.models.architecture import Architecture
 from mmcore.models.language import language_config
 from mmcore.models.llava import base_config
 from mmcore.models.specs import layer_spec, mlp_submodules
 from mmcore.models.splice import splice
 from mmcore.models.vision import vision_config
+from mmcore.training.step import packed_seq_params
 from tests import ranks, tiny
 
 # The oracle always takes the last layer's features.
@@ -113,6 +116,31 @@ def test_equals_megatron_core_llava_model(size: int) -> None:
         assert difference_of_counts == 0
         assert ours == pytest.approx(theirs, rel=1e-6)
         assert worst < 2e-5
+
+
+def each_alone_and_together() -> list[tuple[Tensor, Tensor]]:
+    """Losses of every sample by itself, and in one row with others of other lengths."""
+    model = tiny.build(ParallelConfig())
+    samples = [tiny.sample(seed, images=seed % 3) for seed in (3, 1, 4, 5)]
+
+    def losses(batch: Batch) -> Tensor:
+        arguments: Any = {"labels": batch.labels, "positions": batch.loss_positions}
+        return model(batch.tokens, batch.images, packed_seq_params=packed_seq_params(batch), **arguments).detach()
+
+    together = losses(collate(samples)).split([int(sample.loss_mask.sum()) for sample in samples])
+    alone = []
+    for sample in samples:
+        batch = collate([sample])
+        arguments: Any = {"labels": batch.labels, "positions": batch.loss_positions}
+        alone.append(model(batch.tokens, batch.images, **arguments).detach())  # without any packing
+    return list(zip(alone, together, strict=True))
+
+
+def test_samples_of_a_row_do_not_see_each_other() -> None:
+    """Attention, positions and pictures; tolerance: torch's kernels sum rows of other lengths in another order."""
+    for alone, together in ranks.run(each_alone_and_together, ParallelConfig(), 1)[0]:
+        assert len(alone) > 3
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def padded_rows_do_not_matter() -> tuple[float, float]:
