@@ -92,11 +92,16 @@ class DataConfig:
     """Loader processes of each data parallel rank; 0 loads in the training process."""
     shuffle_buffer_size: int = 1000
     """Samples that are shuffled among each other, beyond the shuffling of shards; 0 keeps the order."""
+    packing_buffer_size: int = 0
+    """Samples that are looked at to fill rows of seq-length; batch sizes then count rows. 0 packs none: they count
+    samples."""
 
     def __post_init__(self) -> None:
         positive("data", self, "seq_length")
-        if self.num_workers < 0 or self.shuffle_buffer_size < 0:
-            raise ValueError("--data.num-workers and --data.shuffle-buffer-size must not be negative")
+        if min(self.num_workers, self.shuffle_buffer_size, self.packing_buffer_size) < 0:
+            raise ValueError(
+                "--data.num-workers, --data.shuffle-buffer-size and --data.packing-buffer-size must not be negative"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,7 @@ class Fingerprint:
     num_workers: int
     micro_batch_size: int
     shuffle_buffer_size: int
+    packing_buffer_size: int
     seed: int
 
 
@@ -194,7 +195,7 @@ def build_train_loader(
     """Open the train split of a dataset. The order of its samples depends on the seed alone.
 
     Args:
-        conversation: template, a name in mmcore.data.conversation.TEMPLATES.
+        conversation: template, a name in mmcore.data.templates.TEMPLATES.
         num_image_embeddings: places of one picture in a sequence.
         image_token_id: what stands there.
         image_size: height and width of the pixels.
@@ -213,7 +214,7 @@ def build_train_loader(
             f"--data.seq-length {config.seq_length} has no room for a picture ({num_image_embeddings} tokens) and text"
         )
     sizes = {"num_image_embeddings": num_image_embeddings, "image_token_id": image_token_id}
-    encode_prompt("", tokenizer, conversation, has_image=True, **sizes)  # raises if they do not go together
+    encode_prompt("", tokenizer, conversation, num_images=1, **sizes)  # raises if they do not go together
     layout = Layout(
         tokenizer=tokenizer,
         conversation=conversation,
@@ -243,6 +244,7 @@ def build_train_loader(
         batch_size=micro_batch_size,
         # A buffer above one epoch would only mix epochs.
         shuffle_buffer_size=min(config.shuffle_buffer_size, num_samples // num_readers),
+        packing_buffer_size=config.packing_buffer_size or None,
         blend_mode=found.blend_mode,
     )
     dataset = Tallied(dataset, encoder, workers)
@@ -256,6 +258,7 @@ def build_train_loader(
         num_workers=config.num_workers,
         micro_batch_size=micro_batch_size,
         shuffle_buffer_size=config.shuffle_buffer_size,
+        packing_buffer_size=config.packing_buffer_size,
         seed=seed,
     )
     return Loader(loader, fingerprint)

@@ -7,13 +7,15 @@ energon's own `restore_seeds` costs 0.4 ms a sample and repeats itself over load
 import json
 import sys
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, Sample, SkipSample, basic_sample_keys, edataclass, stateless
 
 from mmcore.data.batch import Batch, EncodedSample, collate
-from mmcore.data.conversation import encode_conversation, read_turns
+from mmcore.data.conversation import EncodedConversation, encode_conversation, read_turns
 from mmcore.data.image import EXTENSIONS, decode_image, preprocess
+from mmcore.data.packing import pack
 from mmcore.data.tokenizer import Tokenizer
 
 PICTURES = tuple(dict.fromkeys(EXTENSIONS.values()))
@@ -49,12 +51,28 @@ def cook(sample: dict) -> RawSample:
     return RawSample(**keys, parts={name: data for name, data in sample.items() if not name.startswith("__")})
 
 
-def encode_sample(key: str, parts: dict[str, bytes], layout: Layout) -> tuple[EncodedSample, bool]:
-    """Tensors of one sample, and whether its sequence was cut.
+@dataclass(slots=True, kw_only=True)
+class Row:
+    """Samples that share a row."""
+
+    samples: list[EncodedSample]
+    __restore_key__: tuple[Any, ...] = ()  # energon's
+
+
+@edataclass
+class LaidOutSample(Sample):
+    """A sample whose length is known; its pictures are still files."""
+
+    parts: dict[str, bytes]
+    conversation: EncodedConversation
+
+
+def lay_out(parts: dict[str, bytes], layout: Layout) -> EncodedConversation:
+    """A sample's sequence; looks at no picture.
 
     Raises:
-        ValueError: a part is missing or broken, the parts do not belong together, or the sequence
-            cannot be trained on.
+        ValueError: there is no text, or it cannot be trained on, or it has places for other than the
+            sample's pictures.
     """
     if "json" not in parts:
         raise ValueError(f"no json beside {', '.join(parts)}")
@@ -67,23 +85,41 @@ def encode_sample(key: str, parts: dict[str, bytes], layout: Layout) -> tuple[En
         image_token_id=layout.image_token_id,
         seq_length=layout.seq_length,
     )
-    pictures = [parts[extension] for extension in PICTURES if extension in parts]
-    images = [preprocess(decode_image(data), layout.image_size) for data in pictures]
-    if conversation.num_images != len(images):
-        raise ValueError(f"{conversation.num_images} places for {len(images)} pictures")
+    if conversation.num_images != len(pictures(parts)):
+        raise ValueError(f"{conversation.num_images} places for {len(pictures(parts))} pictures")
+    return conversation
+
+
+def pictures(parts: dict[str, bytes]) -> list[bytes]:
+    """Files of a sample's pictures."""
+    return [parts[extension] for extension in PICTURES if extension in parts]
+
+
+def encode_sample(
+    key: str, parts: dict[str, bytes], conversation: EncodedConversation, layout: Layout
+) -> EncodedSample:
+    """Tensors of a sample that is laid out.
+
+    Raises:
+        ValueError: a picture is broken.
+    """
+    images = [preprocess(decode_image(data), layout.image_size) for data in pictures(parts)]
     empty = torch.empty(0, 3, layout.image_size, layout.image_size, dtype=torch.uint8)
-    sample = EncodedSample(
+    return EncodedSample(
         key=key,
         tokens=torch.tensor(conversation.tokens),
         labels=torch.tensor(conversation.labels),
         loss_mask=torch.tensor(conversation.loss_mask),
         images=torch.stack(images) if images else empty,
     )
-    return sample, conversation.was_cut
 
 
 class TaskEncoder(DefaultTaskEncoder):
-    """energon's hooks around `encode_sample`, with a count of what it could not encode."""
+    """energon's hooks, with a count of what could not be encoded.
+
+    Samples are laid out before they are packed, and their pictures decoded after: a packing buffer
+    holds files, not pixels.
+    """
 
     decoder = None
     cookers = (Cooker(cook),)
@@ -96,20 +132,42 @@ class TaskEncoder(DefaultTaskEncoder):
         self._skipped_in_a_row = 0
 
     @stateless
-    def encode_sample(self, sample: RawSample) -> EncodedSample:
+    def preencode_sample(self, sample: RawSample) -> LaidOutSample:
         try:
-            encoded, was_cut = encode_sample(sample.__key__, sample.parts, self.layout)
+            conversation = lay_out(sample.parts, self.layout)
         except ValueError as error:
-            self._count_skipped(sample.__key__, error)
-            # The only exception that energon takes without a page of output.
-            raise SkipSample from None
-        self._skipped_in_a_row = 0
-        self.cut += was_cut
-        return encoded
+            self._skip(sample.__key__, error)
+        return LaidOutSample.derive_from(sample, parts=sample.parts, conversation=conversation)
 
     @stateless
-    def batch(self, samples: list[EncodedSample]) -> Batch:
-        return collate(samples)
+    def postencode_sample(self, sample: LaidOutSample) -> EncodedSample:
+        try:
+            encoded = encode_sample(sample.__key__, sample.parts, sample.conversation, self.layout)
+        except ValueError as error:
+            self._skip(sample.__key__, error)
+        self._skipped_in_a_row = 0
+        self.cut += sample.conversation.was_cut
+        return encoded
+
+    def select_samples_to_pack(self, samples: list[LaidOutSample]) -> list[list[LaidOutSample]]:
+        lengths = [len(sample.conversation.tokens) for sample in samples]
+        return [[samples[index] for index in row] for row in pack(lengths, self.layout.seq_length)]
+
+    @stateless
+    def pack_selected_samples(self, samples: list[EncodedSample]) -> Row:
+        if not samples:  # the pictures of all were broken
+            raise SkipSample
+        return Row(samples=samples)
+
+    @stateless
+    def batch(self, samples: list[EncodedSample] | list[Row]) -> Batch:
+        rows = [sample.samples if isinstance(sample, Row) else [sample] for sample in samples]
+        return collate([sample for row in rows for sample in row])
+
+    def _skip(self, key: str, error: ValueError) -> NoReturn:
+        self._count_skipped(key, error)
+        # The only exception that energon takes without a page of output.
+        raise SkipSample from None
 
     def _count_skipped(self, key: str, error: ValueError) -> None:
         self.skipped += 1

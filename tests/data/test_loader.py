@@ -68,10 +68,15 @@ def test_a_batch_is_what_the_shard_holds(dataset: Path, tokenizer: Tokenizer) ->
             assert batch.labels[0, place][batch.loss_mask[0, place] > 0].tolist() == [*answer, tokenizer.eos_id]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume_goes_on_with_the_same_batches(flawed: Path, tokenizer: Tokenizer, num_workers: int) -> None:
+@pytest.mark.parametrize(
+    ("num_workers", "packing", "micro_batch_size"), [(0, 0, 3), (2, 0, 3), (0, 12, 1), (0, 5, 2), (2, 12, 1)]
+)
+def test_resume_goes_on_with_the_same_batches(
+    flawed: Path, tokenizer: Tokenizer, num_workers: int, packing: int, micro_batch_size: int
+) -> None:
     def fresh() -> Loader:
-        return loader(flawed, tokenizer, data={"num_workers": num_workers}, micro_batch_size=3)
+        data = {"num_workers": num_workers, "packing_buffer_size": packing}
+        return loader(flawed, tokenizer, data=data, micro_batch_size=micro_batch_size)
 
     stream = fresh()
     assert stream.skipped == 0
@@ -91,6 +96,36 @@ def test_resume_goes_on_with_the_same_batches(flawed: Path, tokenizer: Tokenizer
         twice = fresh()  # a state that a resumed loader saved
         twice.load_state_dict(resumed.state_dict())
         assert same(take(twice, 5), batches[position + 6 : position + 11])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_packed_rows_hold_every_sample_once(dataset: Path, tokenizer: Tokenizer, num_workers: int) -> None:
+    """An epoch in the order of the shards; rows are as long as seq_length allows."""
+    data = {"num_workers": num_workers, "shuffle_buffer_size": 0, "packing_buffer_size": 15, "seq_length": 64}
+    stream = iter(loader(dataset, tokenizer, data=data, micro_batch_size=1))
+    seen: Counter[str] = Counter()
+    rows = []
+    while seen.total() < NUM_SAMPLES:
+        rows.append(next(stream))
+        seen.update(rows[-1].keys)
+    assert all(row.tokens.shape[1] <= 64 for row in rows)
+    assert sum(row.tokens.shape[1] for row in rows) / (64 * len(rows)) > 0.75
+    if not num_workers:  # workers end their epochs at different rows
+        assert set(seen.values()) == {1}
+    (pair,) = take(loader(dataset, tokenizer, data=data, micro_batch_size=2), 1)
+    if not num_workers:
+        assert pair.keys == rows[0].keys + rows[1].keys and len(pair.cu_seqlens) == len(pair.keys) + 1
+
+
+def test_broken_pictures_leave_their_rows(flawed: Path, tokenizer: Tokenizer) -> None:
+    data = {"packing_buffer_size": 10, "shuffle_buffer_size": 0}
+    stream = loader(flawed, tokenizer, data=data, micro_batch_size=1)
+    seen: Counter[str] = Counter()
+    for row in stream:
+        seen.update(row.keys)
+        if seen.total() >= 37:
+            break
+    assert len(seen) == 37 and set(seen.values()) == {1} and stream.skipped == 3
 
 
 @pytest.mark.parametrize(("num_workers", "data_parallel_size"), [(0, 1), (0, 3), (2, 1), (2, 2)])
