@@ -1,9 +1,12 @@
 """Pictures: from bytes of a file to the pixels that a vision tower takes."""
 
 import io
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
+
+from mmcore.constants import CLIP_IMAGE_MEAN
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +20,20 @@ EXTENSIONS = FORMATS | {"MPO": "jpg"}  # several JPEGs in one file, as some came
 MAX_PIXELS = 1 << 26
 
 WHITE = (255, 255, 255, 255)
+BACKGROUND = tuple(int(255 * value) for value in CLIP_IMAGE_MEAN)
+
+# What puts a picture upright, by its EXIF orientation; 1 is upright already.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+Mode = Literal["crop", "pad", "squash"]
 
 
 def picture_extension(data: bytes) -> str:
@@ -31,8 +48,8 @@ def picture_extension(data: bytes) -> str:
 def decode_image(data: bytes) -> Image.Image:
     """Decode a picture file, of an animation the first frame.
 
-    As a viewer shows it: turned as its EXIF says, palettes and CMYK resolved, transparent parts on
-    white, 16 bits a channel scaled to 8.
+    As a viewer shows it: turned as its EXIF says (left as it is where that cannot be read), palettes
+    and CMYK resolved, transparent parts on white, 16 bits a channel scaled to 8.
 
     Args:
         data: content of a JPEG, PNG, WEBP, GIF, BMP or TIFF file.
@@ -43,43 +60,89 @@ def decode_image(data: bytes) -> Image.Image:
     """
     image = _open(data)
     try:
-        image = ImageOps.exif_transpose(image)
-        return image if image.mode == "RGB" else _to_rgb(image)
+        image.load()
+        return _to_rgb(_upright(image))
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, ...
-        raise ValueError(f"a broken {image.format or ''} picture ({error})") from None
+        raise ValueError(f"a broken {image.format} picture ({error})") from None
 
 
-def preprocess(image: Image.Image, image_size: int) -> "Tensor":
-    """Resize the shorter side and crop the centre, as CLIP was trained to see pictures.
+def preprocess(image: Image.Image, image_size: int, mode: Mode = "crop") -> "Tensor":
+    """A picture as the square that a vision tower takes.
 
     Not normalised: the model does that where it runs, and bytes travel four times as fast as floats.
 
     Args:
         image: mode RGB.
         image_size: height and width of the result.
+        mode: what becomes of a picture that is not square; see MODES.
     Returns:
         uint8 [3, image_size, image_size].
     Raises:
-        ValueError: so long and narrow that resized it would have more than MAX_PIXELS.
+        ValueError: so long and narrow that on the way it would have more than MAX_PIXELS.
+    """
+    return to_tensor(MODES[mode](image, image_size))
+
+
+def crop(image: Image.Image, image_size: int) -> Image.Image:
+    """Resize the shorter side and cut the centre out, as CLIP was trained to see pictures.
+
     Source: open_clip.image_transform(is_train=False) at 3.3.0 up to its ToTensor, the same pixels.
     """
+    width, height = image.size
+    # By integers and rounded down, as torchvision's Resize.
+    long = int(image_size * max(width, height) / min(width, height))
+    width, height = (long, image_size) if width > height else (image_size, long)
+    left, top = round((width - image_size) / 2), round((height - image_size) / 2)
+    return resize(image, (width, height)).crop((left, top, left + image_size, top + image_size))
+
+
+def pad(image: Image.Image, image_size: int) -> Image.Image:
+    """Centre on a square of CLIP's mean colour, then resize: nothing is cut off, nothing is stretched.
+
+    Source: LLaVA-1.5, expand2square; the same pixels as transformers' LlavaImageProcessor(do_pad=True).
+    """
+    side = max(image.size)
+    _refuse_above_limit(image, side * side)
+    square = Image.new("RGB", (side, side), BACKGROUND)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return resize(square, (image_size, image_size))
+
+
+def squash(image: Image.Image, image_size: int) -> Image.Image:
+    """Resize both sides, whatever becomes of the proportions.
+
+    Source: SigLIP, and Megatron-LM's multimodal example; the same pixels as transformers' SiglipImageProcessor.
+    """
+    return resize(image, (image_size, image_size))
+
+
+MODES: dict[Mode, Callable[[Image.Image, int], Image.Image]] = {"crop": crop, "pad": pad, "squash": squash}
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Bicubic, to a width and height.
+
+    Raises:
+        ValueError: it would take more than MAX_PIXELS.
+    """
+    # Pillow resizes the width first, so the picture between has the new width and the old height.
+    _refuse_above_limit(image, size[0] * max(size[1], image.height))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def to_tensor(image: Image.Image) -> "Tensor":
+    """Pixels of a picture in mode RGB: uint8 [3, h, w]."""
     import torch  # here, because `mmcore prepare` decodes pictures without ever needing it
 
-    width, height = image.size
-    if min(width, height) != image_size:
-        # By integers and rounded down, as torchvision's Resize.
-        long = int(image_size * max(width, height) / min(width, height))
-        if long * image_size > MAX_PIXELS:
-            raise ValueError(f"a picture of {width} x {height} pixels is too long to be resized")
-        width, height = (long, image_size) if width > height else (image_size, long)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-    if width != height:
-        left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-        image = image.crop((left, top, left + image_size, top + image_size))
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image_size, image_size, 3).permute(2, 0, 1).contiguous()  # [3, h, w]
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()  # [3, h, w]
+
+
+def _refuse_above_limit(image: Image.Image, num_pixels: int) -> None:
+    if num_pixels > MAX_PIXELS:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels is too long to be resized")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -97,12 +160,21 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF, and gives the picture up over a broken one.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as in decode_image; the pixels are whole
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        return image.point(lambda value: value / 256, "L").convert("RGB")
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a channel, whose range is not known")
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, WHITE)
         return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
