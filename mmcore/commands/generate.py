@@ -101,6 +101,7 @@ def answer(
 
     from mmcore import distributed, host
     from mmcore.checkpoint import load_checkpoint
+    from mmcore.data.templates import find_template
     from mmcore.data.tokenizer import load_tokenizer
     from mmcore.inference.generator import generate
     from mmcore.models.llava import LlavaModel, base_config
@@ -118,7 +119,7 @@ def answer(
         tokens = generate(
             model,
             prompts,
-            end_id=tokenizer.eos_id,
+            end_id=find_template(architecture.conversation).end_id(tokenizer),
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             on_progress=lambda count: progress.advance(task, count),
@@ -147,7 +148,7 @@ def layout(example: Example, tokenizer: Any, architecture: Architecture) -> "Pro
         architecture.conversation,
         num_image_embeddings=architecture.vision.num_image_embeddings,
         image_token_id=architecture.image_token_id,
-        has_image=example.image is not None,
+        num_images=len(pictures),
     )
     images = torch.stack(pictures) if pictures else torch.empty(0, 3, size, size, dtype=torch.uint8)
     return Prompt(tokens=tokens, images=images)

@@ -169,7 +169,7 @@ class Architecture:
     """Token that stands for one image embedding: no text can make it, for it lies outside the tokenizer
     or is one of its control tokens."""
     conversation: str = "mistral_instruct"
-    """Template of mmcore.data.conversation that the language model was tuned with."""
+    """Template of mmcore.data.templates that the language model was tuned with."""
     sources: tuple[dict[str, str], ...] = ()
     """Files the weights came from: {"file": name, "sha256": hash}."""
 

@@ -6,13 +6,15 @@ import mistral_common
 import pytest
 from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
 from mistral_common.protocol.instruct.request import InstructRequest
-from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV3
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV1, InstructTokenizerV2, InstructTokenizerV3
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 
-from mmcore.data.conversation import TEMPLATES, Turn, encode_conversation, encode_prompt, read_turns
+from mmcore.data.conversation import encode_conversation, encode_document, encode_prompt, read_turns
+from mmcore.data.templates import Turn
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 
-V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+DATA = Path(mistral_common.__file__).parent / "data"
+V3 = DATA / "mistral_instruct_tokenizer_240323.model.v3"
 IMAGE = 32768
 SIZES: dict[str, Any] = {"num_image_embeddings": 3, "image_token_id": IMAGE}
 PICTURE = [IMAGE] * 3
@@ -32,9 +34,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-@pytest.fixture(scope="module")
-def official() -> InstructTokenizerV3:
-    return InstructTokenizerV3(SentencePieceTokenizer(str(V3)))
+VERSIONS: dict[str, tuple[str, Any, str]] = {
+    "v1": ("tokenizer.model.v1", InstructTokenizerV1, "mistral_instruct_v1"),
+    "v2": ("mistral_instruct_tokenizer_240216.model.v2", InstructTokenizerV2, "mistral_instruct"),
+    "v3": (V3.name, InstructTokenizerV3, "mistral_instruct"),
+}
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any, str]:
+    """Our tokenizer of a version, Mistral's, and the template."""
+    file, official, template = VERSIONS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    shutil.copy(DATA / file, folder / "tokenizer.model")
+    return load_tokenizer(folder), official(SentencePieceTokenizer(str(DATA / file))), template
 
 
 def turns(*texts: str, system: str = "") -> list[Turn]:
@@ -53,19 +66,19 @@ def trained(encoded: Any) -> list[int]:
 
 @pytest.mark.parametrize("system", ["", "Be [INST] brief."])
 @pytest.mark.parametrize("texts", TALKS)
-def test_mistral_has_the_official_ids(
-    tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str], system: str
-) -> None:
+def test_mistral_has_the_official_ids(mistral: Any, texts: list[str], system: str) -> None:
+    tokenizer, official, template = mistral
     messages = [(AssistantMessage if index % 2 else UserMessage)(content=text) for index, text in enumerate(texts)]
     request: Any = InstructRequest(messages=messages, system_prompt=system or None)
-    encoded = encode_conversation(turns(*texts, system=system), tokenizer, "mistral_instruct", **SIZES)
+    encoded = encode_conversation(turns(*texts, system=system), tokenizer, template, **SIZES)
     assert whole(encoded) == official.encode_instruct(request).tokens
 
 
 @pytest.mark.parametrize("texts", TALKS)
-def test_a_prompt_has_the_official_ids(tokenizer: Tokenizer, official: InstructTokenizerV3, texts: list[str]) -> None:
+def test_a_prompt_has_the_official_ids(mistral: Any, texts: list[str]) -> None:
+    tokenizer, official, template = mistral
     request: Any = InstructRequest(messages=[UserMessage(content=texts[0])])
-    ids = encode_prompt(texts[0], tokenizer, "mistral_instruct", **SIZES, has_image=False)
+    ids = encode_prompt(texts[0], tokenizer, template, **SIZES, num_images=0)
     assert ids == official.encode_instruct(request).tokens
 
 
@@ -111,21 +124,34 @@ def test_plain_is_the_picture_and_the_last_answer(tokenizer: Tokenizer) -> None:
     assert two == encoded
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is\n<image>", "What is it?"])
-@pytest.mark.parametrize("has_image", [True, False])
-def test_a_prompt_is_the_head_of_what_is_trained(
-    tokenizer: Tokenizer, template: str, question: str, has_image: bool
+@pytest.mark.parametrize(
+    ("text", "pieces", "num_images"),
+    [
+        ("A cat. <image>\nTwo <image><image>", ["A cat. ", None, "\nTwo ", None, "", None, ""], 3),
+        ("<image>", ["", None, ""], 1),
+        ("No </s> picture\n", ["No </s> picture\n"], 0),
+    ],
+)
+def test_a_document_is_trained_but_for_its_pictures(
+    tokenizer: Tokenizer, text: str, pieces: list[str | None], num_images: int
 ) -> None:
-    if "<image>" in question and not has_image:
-        with pytest.raises(ValueError, match="1 <image> for 0 picture"):
-            encode_prompt(question, tokenizer, template, **SIZES, has_image=False)
-        return
-    prompt = encode_prompt(question, tokenizer, template, **SIZES, has_image=has_image)
-    asked = f"<image>\n{question}" if has_image and "<image>" not in question else question
-    encoded = encode_conversation(turns(asked, "A cat."), tokenizer, template, **SIZES)
-    assert whole(encoded)[: len(prompt)] == prompt
-    assert encoded.loss_mask[: len(prompt)] == [0.0] * (len(prompt) - 1) + [1.0]
+    encoded = encode_document(text, tokenizer, **SIZES)
+    ids = [1] + [id for piece in pieces for id in (PICTURE if piece is None else tokenizer.encode(piece))] + [2]
+    assert encoded.tokens == ids[:-1] and encoded.num_images == num_images
+    assert encoded.labels == [0 if id == IMAGE else id for id in ids[1:]]
+    assert encoded.loss_mask == [float(id != IMAGE) for id in ids[1:]]
+
+
+def test_a_long_document_is_cut(tokenizer: Tokenizer) -> None:
+    whole_text = encode_document("A <image> cat", tokenizer, **SIZES)
+    first = whole_text.tokens.index(IMAGE)
+    cut = encode_document("A <image> cat", tokenizer, **SIZES, seq_length=first + 3)
+    assert cut.tokens == whole_text.tokens[: first + 3] and cut.labels == whole_text.labels[: first + 3]
+    assert cut.was_cut and cut.num_images == 1 and not whole_text.was_cut
+    with pytest.raises(ValueError, match="cuts through a picture"):
+        encode_document("A <image> cat", tokenizer, **SIZES, seq_length=first + 2)
+    with pytest.raises(ValueError, match="nothing to train in the first 1 of"):
+        encode_document("<image> cat", tokenizer, **SIZES, seq_length=1)
 
 
 def test_a_cut_keeps_pictures_whole(tokenizer: Tokenizer) -> None:
@@ -153,8 +179,8 @@ def test_a_cut_keeps_pictures_whole(tokenizer: Tokenizer) -> None:
 def test_templates_and_control_tokens_are_checked(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"no conversation template 'plane', did you mean 'plain'\?"):
         encode_conversation(turns("Q", "A"), tokenizer, "plane", **SIZES)
-    with pytest.raises(ValueError, match="2 <image> for 1 picture"):
-        encode_prompt("<image><image>", tokenizer, "plain", **SIZES, has_image=True)
+    with pytest.raises(ValueError, match="2 <image> for 1 pictures"):
+        encode_prompt("<image><image>", tokenizer, "plain", **SIZES, num_images=1)
 
 
 def test_ends_that_cannot_be_trained_are_dropped() -> None:

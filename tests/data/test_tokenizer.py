@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mistral_common
 import pytest
+import sentencepiece
 import tokenizers
 
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -51,7 +52,14 @@ def test_no_text_makes_a_control_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids) == HOSTILE
 
 
+@pytest.mark.parametrize("text", ["it is a picture", "it", "it  \n\n is", "it's </s>", "", "it \U0001f408"])
+def test_text_that_follows_has_no_space_of_its_own(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.encode("What:" + text) == tokenizer.encode("What:") + tokenizer.follow(text)
+    assert tokenizer.decode([*tokenizer.encode("What:"), *tokenizer.follow(text)]) == f"What:{text}"
+
+
 def test_decode_drops_control_tokens_and_foreign_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.bos_id is not None
     ids = [tokenizer.bos_id, *tokenizer.encode("it is"), tokenizer.vocab_size, 10**6, -1, tokenizer.eos_id]
     assert tokenizer.decode(ids) == "it is"
     assert tokenizer.decode([]) == ""
@@ -72,6 +80,43 @@ def test_names_of_start_and_end_come_from_the_config(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
     with pytest.raises(ValueError, match="no special token '<s>', the bos_token"):
         load_tokenizer(hugging_face(tmp_path / "unnamed", special=special))
+
+
+def test_a_vocabulary_may_have_no_start_token(tmp_path: Path) -> None:
+    config = {"bos_token": None, "eos_token": "<end>"}
+    tokenizer = load_tokenizer(hugging_face(tmp_path / "named", special=["<pad>", "<end>"], config=config))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
+
+
+def test_pieces_that_the_configuration_makes_control_tokens(tmp_path: Path) -> None:
+    """As InternLM2's, whose text can spell the piece's own name, too."""
+    pieces = ["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_10]"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["what is it", "it is a picture"] * 5),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        user_defined_symbols=pieces,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=3,
+    )
+    plain = load_tokenizer(tmp_path)
+    names = {0: "<unk>", 3: "<|im_end|>", 4: "<|im_start|>", 290: "<pad>"}
+    added = {str(id): {"content": name, "special": True} for id, name in names.items()}
+    added["5"] = {"content": "<tool>", "special": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.control == {"<s>": 1, "</s>": 2, "<|im_end|>": 3, "<|im_start|>": 4}
+    for text in ("", "it is\n a picture", " a[ UNUSED_TOKEN_1]"):
+        assert tokenizer.encode(text) == plain.encode(text) and tokenizer.follow(text) == plain.follow(text)
+    for text in (pieces[0], f"{pieces[1]}it{pieces[0]} <|im_start|>", f"it is {pieces[1]}\n"):
+        assert {3, 4} & set(plain.encode(text))
+        ids, following = tokenizer.encode(text), [*tokenizer.encode("it"), *tokenizer.follow(text)]
+        assert not {3, 4} & {*ids, *following}
+        assert (tokenizer.decode(ids), tokenizer.decode(following)) == (text, f"it{text}")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,14 @@ from sentencepiece_tokenizer import convert_sentencepiece
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPVisionModel, MistralForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from mmcore.data import conversation
-from mmcore.data.conversation import Turn, encode_conversation, encode_prompt
+from mmcore.data import templates
+from mmcore.data.conversation import encode_conversation, encode_prompt
 from mmcore.data.image import preprocess
+from mmcore.data.templates import Turn
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 from mmcore.models.architecture import load_architecture, save_architecture
 from tests.data.fabricated import write_tokenizer
+from tests.data.vocabularies import byte_level, spaced
 from tests.tools.conftest import build_language, build_tower
 
 DATA = Path(mistral_common.__file__).parent / "data"
@@ -156,7 +159,7 @@ def test_prompts_have_the_ids_of_training(served: Any, question: str, as_list: b
         "mistral_instruct",
         num_image_embeddings=4,
         image_token_id=processor.image_token_id,
-        has_image="<image>" in question,
+        num_images=question.count("<image>"),
     )
     assert served_ids(processor, [Turn("user", question)], as_list, add_generation_prompt=True) == wanted
 
@@ -172,7 +175,62 @@ def test_plain_has_the_ids_of_training(tmp_path: Path) -> None:
     for as_list in (False, True):
         assert served_ids(processor, turns, as_list) == [*encoded.tokens, encoded.labels[-1]]
         prompt = served_ids(processor, turns[:1], as_list, add_generation_prompt=True)
-        assert prompt == encode_prompt("<image>", tokenizer, "plain", **sizes, has_image=True)
+        assert prompt == encode_prompt("<image>", tokenizer, "plain", **sizes, num_images=1)
+
+
+V1 = DATA / "tokenizer.model.v1"
+IM = ["<|im_start|>", "<|im_end|>"]
+HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+def llama2(folder: Path) -> None:
+    """Mistral's v1 has the pieces that SentencePiece gave LLaMA 2's, and the same control tokens."""
+    shutil.copy(V1, folder / "tokenizer.model")
+
+
+FAMILIES: dict[str, Callable[[Path], object]] = {
+    "mistral_instruct_v1": llama2,
+    "vicuna_v1": llama2,
+    "llama2_chat": llama2,
+    "llama2_chat_tagged": llama2,
+    "llama3": lambda folder: byte_level(folder, ["<s>", "</s>", *HEADERS]),
+    "chatml": lambda folder: byte_level(folder, ["<|endoftext|>", *IM], bos_token=None, eos_token="<|endoftext|>"),
+    "internlm2": lambda folder: spaced(folder, ["<unk>", "<s>", "</s>", *IM]),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Tokenizer, Any]:
+    """Template, training's tokenizer, and the export's; a picture has one place."""
+    folder = tmp_path_factory.mktemp(request.param)
+    FAMILIES[request.param](folder)
+    tokenizer = load_tokenizer(folder)
+    given = read_tokenizer(folder, 4096)
+    assert given is not None
+    written, note = with_chat_template(with_image_token(given)[0], request.param)
+    assert note == f"chat template {request.param}"
+    for name, content in written.files.items():
+        (folder / name).write_bytes(content)
+    return request.param, tokenizer, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("system", ["", "Be brief.\n"])
+@pytest.mark.parametrize("name", TALKS)
+def test_every_family_has_the_ids_of_training(family: Any, name: str, system: str) -> None:
+    template, tokenizer, served = family
+    texts = [text.lstrip("\n") if index % 2 else text for index, text in enumerate(TALKS[name])]
+    turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
+    sizes = {"num_image_embeddings": 1, "image_token_id": served.convert_tokens_to_ids("<image>")}
+
+    def ids(turns: list[Turn], **options: Any) -> list[int]:
+        return served.apply_chat_template(messages(turns, False), tokenize=True, return_dict=False, **options)
+
+    prompt = encode_prompt(texts[0], tokenizer, template, **sizes, num_images=texts[0].count("<image>"))
+    assert ids(turns[:1], add_generation_prompt=True) == prompt
+    talk = [Turn("system", system), *turns] if system else turns
+    encoded = encode_conversation(talk, tokenizer, template, **sizes)
+    after = tokenizer.encode("\n") if template in ("chatml", "internlm2") else []  # behind the last turn
+    assert ids(talk) == [*encoded.tokens, encoded.labels[-1], *after]
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -220,7 +278,7 @@ def test_templates_as_text(name: str, has_system: bool) -> None:
 
 
 def test_every_template_of_training_is_there() -> None:
-    assert conversation.TEMPLATES.keys() <= TEMPLATES.keys()
+    assert templates.TEMPLATES.keys() == TEMPLATES.keys()
 
 
 PICTURES = [(28, 28), (40, 28), (29, 28), (30, 28), (100, 36), (36, 101), (500, 333), (21, 16), (16, 21), (640, 420)]
@@ -422,7 +480,7 @@ def test_the_next_free_id(tmp_path: Path) -> None:
 def test_templates_that_cannot_be_written(tmp_path: Path) -> None:
     known, _ = with_image_token(given(tmp_path / "a", {"chat_template": "text only"}))
     for name, told in (
-        ("internlm2", "none is known for conversations of 'internlm2'"),
+        ("alpaca", "none is known for conversations of 'alpaca'"),
         ("chatml", r"the tokenizer lacks <|im_start|> and <|im_end|> of chatml"),
     ):
         same, note = with_chat_template(known, name)

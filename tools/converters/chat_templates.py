@@ -39,14 +39,14 @@ class ChatTemplate:
     """One row of `TEMPLATES`."""
 
     jinja: str
-    """CONTENT stands for what puts the message's content into content.text, GLUE for the glue before a stretch."""
+    """CONTENT stands for what puts the message's content into content.text, and write(text) is text by itself."""
     content: str
     control: tuple[str, ...] = ()
     """Tokens that the tokenizer must have."""
 
     def written(self, glue: Glue) -> str:
         """The template for a tokenizer that needs this glue."""
-        lines = self.jinja.replace("CONTENT", self.content).replace("GLUE", glue.jinja).splitlines()
+        lines = (_WRITE.replace("GLUE", glue.jinja) + self.jinja.replace("CONTENT", self.content)).splitlines()
         return "".join(line.strip() for line in lines)
 
 
@@ -85,7 +85,22 @@ _PICTURES_FIRST = """
 {%- endif -%}
 """
 
-# As mmcore.data.conversation.plain: what the user asks is dropped, and the last answer counts.
+# Text between control tokens, each stretch of it between pictures with its glue.
+_WRITE = """
+{%- macro write(text) -%}
+    {%- for stretch in text.split('<image>') -%}
+        {%- if not loop.first -%}
+            {{- '<image>' -}}
+        {%- endif -%}
+        {%- if stretch -%}
+            {{- GLUE + stretch -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endmacro -%}
+"""
+
+# Templates as those of mmcore.data.templates, which name their sources. What the user asks is dropped,
+# and the last answer counts.
 _PLAIN = """
 {%- set content = namespace(text='', answer='') -%}
 {{- bos_token -}}
@@ -99,12 +114,11 @@ _PLAIN = """
     {%- endif -%}
 {%- endfor -%}
 {%- if content.answer -%}
-    {%- set stretch = content.answer -%}
-    {{- GLUE + stretch + eos_token -}}
+    {{- write(content.answer) + eos_token -}}
 {%- endif -%}
 """
 
-# As mmcore.data.conversation.mistral_instruct, down to the line breaks that go with an image tag.
+# A system text opens the last question.
 _MISTRAL_INSTRUCT = """
 {%- set content = namespace(text='', system='', last=-1) -%}
 {%- for message in messages -%}
@@ -119,54 +133,60 @@ _MISTRAL_INSTRUCT = """
 {%- for message in messages -%}
     CONTENT
     {%- if message['role'] == 'user' -%}
-        {{- '[INST]' -}}
         {%- set content.text = content.text.replace('<image>\\n', '<image>').replace('\\n<image>', '<image>') -%}
         {%- if loop.index0 == content.last -%}
             {%- set content.text = content.system + content.text -%}
         {%- endif -%}
-        {%- for stretch in content.text.split('<image>') -%}
-            {%- if not loop.first -%}
-                {{- '<image>' -}}
-            {%- endif -%}
-            {%- if stretch -%}
-                {{- GLUE + stretch -}}
-            {%- endif -%}
-        {%- endfor -%}
-        {{- '[/INST]' -}}
+        {{- '[INST]' + write(content.text) + '[/INST]' -}}
     {%- elif message['role'] == 'assistant' -%}
-        {%- set stretch = content.text.rstrip(' ') -%}
-        {%- if stretch -%}
-            {{- GLUE + stretch -}}
-        {%- endif -%}
-        {{- eos_token -}}
+        {{- write(content.text.rstrip(' ')) + eos_token -}}
     {%- endif -%}
 {%- endfor -%}
 """
 
-# haotian-liu/LLaVA llava/conversation.py, conv_vicuna_v1.
+# A system text opens the first question; the brackets are text.
+_MISTRAL_INSTRUCT_V1 = """
+{%- set content = namespace(text='', system='') -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    CONTENT
+    {%- if message['role'] == 'system' -%}
+        {%- set content.system = content.text + '\\n\\n' if content.text else '' -%}
+    {%- elif message['role'] == 'user' -%}
+        {%- set content.text = content.text.replace('<image>\\n', '<image>').replace('\\n<image>', '<image>') -%}
+        {{- write('[INST] ' + content.system + content.text + ' [/INST]') -}}
+        {%- set content.system = '' -%}
+    {%- elif message['role'] == 'assistant' -%}
+        {{- ' ' + content.text + eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+"""
+
 _VICUNA_V1 = """
-{%- set content = namespace(text='') -%}
+{%- set content = namespace(text='', before='') -%}
 {{- bos_token -}}
 {%- if messages[0]['role'] != 'system' -%}
-    {{- 'A chat between a curious user and an artificial intelligence assistant. ' -}}
-    {{- 'The assistant gives helpful, detailed, and polite answers to the user\\'s questions. ' -}}
+    {%- set content.before = 'A chat between a curious user and an artificial intelligence assistant. ' -%}
+    {%- set content.before = content.before + 'The assistant gives helpful, detailed, and polite answers ' -%}
+    {%- set content.before = content.before + 'to the user\\'s questions. ' -%}
 {%- endif -%}
 {%- for message in messages -%}
     CONTENT
     {%- if message['role'] == 'system' -%}
-        {{- content.text + ' ' -}}
+        {%- set content.before = content.text + ' ' -%}
     {%- elif message['role'] == 'user' -%}
-        {{- 'USER: ' + content.text + ' ' -}}
+        {%- set content.before = content.before + 'USER: ' + content.text + ' ' -%}
+        {%- if add_generation_prompt or not loop.last -%}
+            {%- set content.before = content.before + 'ASSISTANT:' -%}
+        {%- endif -%}
+        {{- write(content.before) -}}
+        {%- set content.before = '' -%}
     {%- elif message['role'] == 'assistant' -%}
-        {{- 'ASSISTANT: ' + content.text + eos_token -}}
+        {{- ' ' + content.text + eos_token -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- 'ASSISTANT:' -}}
-{%- endif -%}
 """
 
-# meta-llama/llama llama/generation.py, chat_completion.
 _LLAMA2_CHAT = """
 {%- set content = namespace(text='', system='') -%}
 {%- for message in messages -%}
@@ -174,7 +194,7 @@ _LLAMA2_CHAT = """
     {%- if message['role'] == 'system' -%}
         {%- set content.system = '<<SYS>>\\n' + content.text + '\\n<</SYS>>\\n\\n' -%}
     {%- elif message['role'] == 'user' -%}
-        {{- bos_token + '[INST] ' + (content.system + content.text).strip() + ' [/INST]' -}}
+        {{- bos_token + write('[INST] ' + (content.system + content.text).strip() + ' [/INST]') -}}
         {%- set content.system = '' -%}
     {%- elif message['role'] == 'assistant' -%}
         {{- ' ' + content.text.strip() + ' ' + eos_token -}}
@@ -182,42 +202,58 @@ _LLAMA2_CHAT = """
 {%- endfor -%}
 """
 
-# meta-llama/llama3 llama/tokenizer.py, ChatFormat.
+_TAGGED = "CONTENT {%- set content.text = content.text.replace('<image>', '<<IMG>><image><</IMG>>') -%}"
+
 _LLAMA3 = """
 {%- set content = namespace(text='') -%}
 {{- bos_token -}}
 {%- for message in messages -%}
     CONTENT
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}
-    {{- content.text.strip() + '<|eot_id|>' -}}
+    {{- '<|start_header_id|>' + write(message['role']) + '<|end_header_id|>' -}}
+    {{- write('\\n\\n' + content.text.strip()) + '<|eot_id|>' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}
+    {{- '<|start_header_id|>' + write('assistant') + '<|end_header_id|>' + write('\\n\\n') -}}
 {%- endif -%}
 """
 
-# openai/openai-python chatml.md.
-_CHATML = """
+_IM_TURNS = """
 {%- set content = namespace(text='') -%}
 {%- for message in messages -%}
     CONTENT
-    {{- '<|im_start|>' + message['role'] + '\\n' + content.text + '<|im_end|>\\n' -}}
+    {{- '<|im_start|>' + write(message['role'] + '\\n' + content.text) + '<|im_end|>' + write('\\n') -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
-    {{- '<|im_start|>assistant\\n' -}}
+    {{- '<|im_start|>' + write('assistant\\n') -}}
 {%- endif -%}
 """
+
+_QWEN_SYSTEM = """
+{%- if messages[0]['role'] != 'system' -%}
+    {{- '<|im_start|>' -}}
+    {{- write('system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.') -}}
+    {{- '<|im_end|>' + write('\\n') -}}
+{%- endif -%}
+"""
+
+_IM_TOKENS = ("<|im_start|>", "<|im_end|>")
 
 # By the names of Architecture.conversation.
 TEMPLATES = {
     "plain": ChatTemplate(jinja=_PLAIN, content=_IN_PLACE),
     "mistral_instruct": ChatTemplate(jinja=_MISTRAL_INSTRUCT, content=_IN_PLACE, control=("[INST]", "[/INST]")),
+    "mistral_instruct_v1": ChatTemplate(jinja=_MISTRAL_INSTRUCT_V1, content=_IN_PLACE),
     "vicuna_v1": ChatTemplate(jinja=_VICUNA_V1, content=_PICTURES_FIRST),
     "llama2_chat": ChatTemplate(jinja=_LLAMA2_CHAT, content=_PICTURES_FIRST),
+    "llama2_chat_tagged": ChatTemplate(
+        jinja=_LLAMA2_CHAT.replace("CONTENT", _TAGGED),
+        content=_PICTURES_FIRST,
+    ),
     "llama3": ChatTemplate(
         jinja=_LLAMA3,
         content=_PICTURES_FIRST,
         control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
-    "chatml": ChatTemplate(jinja=_CHATML, content=_PICTURES_FIRST, control=("<|im_start|>", "<|im_end|>")),
+    "chatml": ChatTemplate(jinja=_QWEN_SYSTEM + _IM_TURNS, content=_PICTURES_FIRST, control=_IM_TOKENS),
+    "internlm2": ChatTemplate(jinja="{{- bos_token -}}" + _IM_TURNS, content=_PICTURES_FIRST, control=_IM_TOKENS),
 }

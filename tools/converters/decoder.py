@@ -37,7 +37,7 @@ class Family:
 
     model_type: Literal["llama", "mistral", "qwen2"]
     conversation: str
-    """Template of mmcore.data.conversation that its tuned models take."""
+    """Template of mmcore.data.templates that its tuned models take."""
     add_qkv_bias: bool = False
     default_rotary_base: float | None = None
     """What a config.json without rope_theta means; None refuses it."""
