@@ -13,7 +13,7 @@ import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, Sample, SkipSample, basic_sample_keys, edataclass, stateless
 
 from mmcore.data.batch import Batch, EncodedSample, collate
-from mmcore.data.conversation import EncodedConversation, encode_conversation, read_turns
+from mmcore.data.conversation import EncodedConversation, encode_conversation, encode_document, read_turns
 from mmcore.data.image import EXTENSIONS, decode_image, preprocess
 from mmcore.data.packing import pack
 from mmcore.data.tokenizer import Tokenizer
@@ -77,22 +77,29 @@ def lay_out(parts: dict[str, bytes], layout: Layout) -> EncodedConversation:
     if "json" not in parts:
         raise ValueError(f"no json beside {', '.join(parts)}")
     content = json.loads(parts["json"])
-    conversation = encode_conversation(
-        read_turns(content.get("conversations") if isinstance(content, dict) else None),
-        layout.tokenizer,
-        layout.conversation,
-        num_image_embeddings=layout.num_image_embeddings,
-        image_token_id=layout.image_token_id,
-        seq_length=layout.seq_length,
-    )
+    places = {
+        "num_image_embeddings": layout.num_image_embeddings,
+        "image_token_id": layout.image_token_id,
+        "seq_length": layout.seq_length,
+    }
+    if isinstance(content, dict) and isinstance(content.get("text"), str):
+        conversation = encode_document(content["text"], layout.tokenizer, **places)
+    else:
+        turns = read_turns(content.get("conversations") if isinstance(content, dict) else None)
+        conversation = encode_conversation(turns, layout.tokenizer, layout.conversation, **places)
     if conversation.num_images != len(pictures(parts)):
         raise ValueError(f"{conversation.num_images} places for {len(pictures(parts))} pictures")
     return conversation
 
 
 def pictures(parts: dict[str, bytes]) -> list[bytes]:
-    """Files of a sample's pictures."""
-    return [parts[extension] for extension in PICTURES if extension in parts]
+    """Files of a sample's pictures in the order of their tags: one is `jpg`, several are `0.jpg`, `1.png`, ..."""
+    found = []
+    for name, data in parts.items():
+        number, _, extension = name.rpartition(".")
+        if extension in PICTURES and (not number or number.isdecimal()):
+            found.append((int(number or 0), data))
+    return [data for _, data in sorted(found, key=lambda picture: picture[0])]
 
 
 def encode_sample(

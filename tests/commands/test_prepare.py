@@ -1,68 +1,29 @@
 """`mmcore prepare`, as a user calls it."""
 
+import io
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mmcore.__main__ import main
 from mmcore.data.sources.dataset import SOURCES
+from tests.commands.raw_data import KINDS, TALK, annotations, files, good, members, nothing_but, prepare, write_pictures
 from tests.data.fabricated import conversation, loader, picture, tokenizer
-
-KINDS = {"a.png": "PNG", "b.jpg": "JPEG", "sub/c.webp": "WEBP", "d.jpeg": "JPEG", "wrong.png": "GIF"}
-TALK = conversation("<image>\nWhat is it?", "A cat.")
-
-
-def prepare(source: str, output: Path, annotations: Path, *options: str) -> int:
-    """Run the verb in this process, through the same door as the console script."""
-    argv = ["mmcore", "prepare", source, "--annotations", str(annotations), "--output", str(output), *options]
-    if "--images" not in options:
-        argv += ["--images", str(annotations.parent / "images")]
-    before, sys.argv = sys.argv, argv
-    try:
-        return main()
-    except SystemExit as stop:  # a wrong option
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
-    """A folder of pictures in several formats."""
-    for seed, (name, kind) in enumerate(KINDS.items()):
-        path = tmp_path / "raw" / "images" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(seed, kind=kind))
-    return tmp_path / "raw"
-
-
-def annotations(raw: Path, content: Any, name: str = "rows.json") -> Path:
-    path = raw / name
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
-
-
-def good(raw: Path, *more: dict[str, Any]) -> Path:
-    return annotations(raw, [{"id": f"id.{name}", "image": name, "conversations": TALK} for name in KINDS] + list(more))
-
-
-def members(output: Path) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    for path in sorted(output.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            found |= {f"{path.name}/{member.name}": tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
-    return found
-
-
-def nothing_but(folder: Path, *names: str) -> bool:
-    return sorted(path.name for path in folder.iterdir()) == sorted(names)
+    """Where the pictures lie in `images`, and annotations are written."""
+    return write_pictures(tmp_path / "raw")
 
 
 def test_rows_become_samples_with_their_own_bytes(
@@ -197,35 +158,178 @@ def test_missing_inputs_and_an_existing_output_are_wrong_usage(
     assert len(members(output)) == 10
 
 
-def test_coco_captions(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from mmcore.data.sources.coco import PROMPT
-
-    content: dict[str, Any] = {
-        "images": [{"id": 4, "file_name": "a.png"}, {"id": 5, "file_name": "sub/c.webp"}],
-        "annotations": [{"id": n, "image_id": 4 + n % 2, "caption": f" A cat\n{n}. "} for n in range(3)],
-    }
-    assert prepare("coco-captions", tmp_path / "out", annotations(raw, content)) == 0
-    found = members(tmp_path / "out")
-    assert found["train_000000.tar/00000001.webp"] == (raw / "images" / "sub/c.webp").read_bytes()
-    sample = json.loads(found["train_000000.tar/00000002.json"])
-    assert sample == {"id": "2", "conversations": conversation(f"<image>\n{PROMPT}", "A cat 2.")}
-    broken: list[Any] = [
-        [],
-        {"images": []},
-        {"images": [{"id": 4}], "annotations": []},
-        {**content, "annotations": [{"image_id": 9, "caption": "A"}]},
-        {**content, "annotations": [{"image_id": 4}]},
-    ]
-    for other in broken:
-        assert prepare("coco-captions", tmp_path / "bad", annotations(raw, other)) == 2
-        assert "COCO's captions format is" in capsys.readouterr().err
+def test_archives_give_the_same_dataset_as_folders(raw: Path, tmp_path: Path) -> None:
+    rows = good(raw)
+    with zipfile.ZipFile(raw / "sub.zip", "w") as archive:
+        archive.write(raw / "images" / "sub" / "c.webp", "c.webp")
+    with tarfile.open(raw / "rest.tar", "w") as tar:
+        for name in KINDS:
+            if "/" not in name:
+                tar.add(raw / "images" / name, name)
+    assert prepare("llava-pretrain", tmp_path / "a", rows) == 0
+    places = ["--images", f"sub={raw / 'sub.zip'}", str(raw / "rest.tar")]
+    assert prepare("llava-pretrain", tmp_path / "b", rows, *places) == 0
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_the_benchmark_asks_what_was_trained() -> None:
-    from mmcore.data.sources.coco import PROMPT
-    from mmcore.evaluation import coco
+def test_large_pictures_are_shrunk_and_the_others_left_alone(raw: Path, tmp_path: Path) -> None:
+    from PIL import Image
 
-    assert PROMPT == coco.PROMPT
+    turned = Image.open(io.BytesIO(picture(1, (90, 30))))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # turned by a quarter: shown 30 wide and 90 high
+    turned.save(raw / "images" / "turned.jpg", exif=exif)
+    (raw / "images" / "thin.png").write_bytes(picture(2, (500, 1)))
+    rows = good(raw, *({"id": n, "image": n, "conversations": TALK} for n in ("turned.jpg", "thin.png")))
+
+    def sizes(*options: str) -> tuple[dict[str, tuple[int, int]], dict[str, bytes]]:
+        output = tmp_path / "-".join(options)
+        assert prepare("llava-pretrain", output, rows, "--image-max-side", *options) == 0
+        found = members(output)
+        pictures = {Path(name).name: data for name, data in found.items() if not name.endswith("json")}
+        return {name: Image.open(io.BytesIO(data)).size for name, data in pictures.items()}, pictures
+
+    size, data = sizes("60")
+    assert (size["00000005.jpg"], size["00000006.jpg"]) == ((20, 60), (60, 1))
+    assert data["00000000.png"] == (raw / "images" / "a.png").read_bytes() and size["00000000.png"] == (20, 16)
+    assert {Image.open(io.BytesIO(data[f"0000000{n}.jpg"])).format for n in (5, 6)} == {"JPEG"}
+    poor = sizes("60", "--image-quality", "10")[1]
+    assert len(poor["00000005.jpg"]) < len(data["00000005.jpg"]) and poor["00000000.png"] == data["00000000.png"]
+    size, data = sizes("20")
+    assert data["00000000.png"] == (raw / "images" / "a.png").read_bytes()  # exactly that large
+    for wrong in (["--image-max-side", "0"], ["--image-quality", "0"], ["--image-quality", "101"], ["--workers", "0"]):
+        assert prepare("llava-pretrain", tmp_path / "wrong", rows, *wrong) == 2
+
+
+def many(raw: Path) -> Path:
+    """Rows enough for several workers, with a bad one here and there."""
+    rows = [{"id": str(n), "image": list(KINDS)[n % 5], "conversations": TALK} for n in range(100)]
+    for number in (0, 31, 32, 99):
+        rows[number]["image"] = "nowhere.png"
+    return annotations(raw, rows, "many.json")
+
+
+def test_the_number_of_workers_changes_no_byte(raw: Path, tmp_path: Path) -> None:
+    options = ["--samples-per-shard", "7", "--max-rejected", "0.1", "--image-max-side", "10"]
+    for workers in ("1", "2", "3"):
+        assert prepare("llava-instruct", tmp_path / workers, many(raw), *options, "--workers", workers) == 0
+    assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "3")
+    assert len((tmp_path / "1" / "rejected.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_killed_job_goes_on_and_ends_with_the_same_bytes(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    val = annotations(raw, [{"id": n, "image": "a.png", "conversations": TALK} for n in range(9)], "val.json")
+    options = ["--samples-per-shard", "7", "--max-rejected", "0.1", "--val-annotations", str(val)]
+    assert prepare("llava-instruct", tmp_path / "whole", many(raw), *options) == 0
+    assert "by an earlier job" not in capsys.readouterr().out
+    # Of 7 samples each, with 3 bad rows on the way, shards end after rows 8, 15, 22, 29, 38, ..., 94, 107.
+    for sample, done in ((6, 0), (30, 29), (96, 94), (104, 107)):
+        assert kill_at(sample, "llava-instruct", tmp_path / "out", many(raw), *options) == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        assert prepare("llava-instruct", tmp_path / "out", many(raw), *options) == 0
+        summary = capsys.readouterr().out
+        assert (f"rows done by an earlier job │ {done} " in summary) == (done > 0), summary
+        assert files(tmp_path / "out") == files(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+    assert nothing_but(tmp_path, "raw", "whole")
+
+
+def kill_at(sample: int, source: str, output: Path, annotations: Path, *options: str) -> int:
+    """Run the verb in a process that is killed in place of writing that sample."""
+    code = (
+        "import os, signal, sys\n"
+        "from mmcore.data.shards import Shard\n"
+        "from mmcore.__main__ import main\n"
+        "write, count = Shard.write_sample, 0\n"
+        "def write_or_die(*arguments):\n"
+        "    global count\n"
+        f"    if count == {sample}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    count += 1\n"
+        "    write(*arguments)\n"
+        "Shard.write_sample = write_or_die\n"
+        "sys.exit(main())\n"
+    )
+    verb = ["prepare", source, "--annotations", str(annotations), "--images", str(annotations.parent / "images")]
+    argv = [sys.executable, "-c", code, *verb, "--output", str(output), "--workers", "1", *options]
+    return subprocess.run(argv, timeout=60).returncode
+
+
+def test_other_options_or_inputs_start_afresh(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = many(raw)
+    options = ["--samples-per-shard", "7", "--max-rejected", "0.1"]
+    for change in (["--image-max-side", "10"], ["--samples-per-shard", "8"], []):
+        assert kill_at(30, "llava-instruct", tmp_path / "out", rows, *options) == -signal.SIGKILL
+        if not change:
+            rows.write_text(rows.read_text() + " ")
+        assert prepare("llava-instruct", tmp_path / "out", rows, *options, *change) == 0
+        assert "by an earlier job" not in capsys.readouterr().out
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_sources_of_pictures_want_a_place_and_text_does_not(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare("llava-pretrain", tmp_path / "out", good(raw), "--images") == 2
+    assert "say where they lie with --images" in capsys.readouterr().err
+    assert prepare("jsonl", tmp_path / "out", annotations(raw, '{"text": "A."}'), "--images") == 0
+
+
+def test_a_killed_worker_is_a_fault_without_traceback(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmcore.data.sources import workers
+
+    monkeypatch.setattr(workers, "_run", _die)
+    assert prepare("llava-instruct", tmp_path / "new" / "out", many(raw), "--workers", "2") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("mmcore prepare: a worker was killed") and "--workers" in error
+    assert nothing_but(tmp_path / "new")
+
+
+def test_ctrl_c_keeps_what_is_finished(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmcore.data.sources.sample import Reader
+
+    read, rows = Reader.read, many(raw)
+
+    def interrupt(reader: Reader, row: Any) -> Any:
+        if row.number == 20:
+            raise KeyboardInterrupt
+        return read(reader, row)
+
+    options = ["--samples-per-shard", "7", "--max-rejected", "0.1", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Reader, "read", interrupt)
+        assert prepare("llava-instruct", tmp_path / "out", rows, *options) == 1
+    assert capsys.readouterr().err.startswith("mmcore prepare: interrupted; ")
+    assert nothing_but(tmp_path, "raw", ".out.incomplete")
+    assert prepare("llava-instruct", tmp_path / "out", rows, *options) == 0
+    assert "rows done by an earlier job │ 15 " in capsys.readouterr().out
+    assert nothing_but(tmp_path, "raw", "out")
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, time\n"
+        "from mmcore.data.sources.workers import map_in_order\n"
+        "if __name__ == '__main__':\n"
+        "    results = map_in_order(abs, range(-1000, 0), 2)\n"
+        "    print(next(results))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    (tmp_path / "job.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    # Returns when the pipe is closed: a worker that lives on holds it open.
+    argv = [sys.executable, str(tmp_path / "job.py")]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == -signal.SIGKILL
+
+
+def _die(chunk: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_full_disk_is_a_fault_without_traceback(

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -17,7 +18,8 @@ def write(output: Path, *, samples: int = 7, overwrite: bool = False) -> Path:
     with ShardWriter(output, samples_per_shard=3, overwrite=overwrite) as writer:
         for index in range(samples):
             data = picture(index, (5 + 3 * index, 6))
-            writer.write("val" if index == 4 else "train", f"{index:08d}", {"png": data, "json": b"{}" * index})
+            pictures = {"0.png": data, "1.png": data[::-1]} if index == 2 else {"png": data}
+            writer.write("val" if index == 4 else "train", f"{index:08d}", {**pictures, "json": b"{}" * index})
     return output
 
 
@@ -85,3 +87,58 @@ def test_an_existing_output_is_replaced_only_when_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         ShardWriter(tmp_path / "file", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"]
+
+
+def write_resumable(output: Path, *, stop_at: int = 100, fingerprint: str = "same", per_shard: int = 3) -> list[int]:
+    """Ten samples, or until `stop_at`; the numbers that were written in this call."""
+    written = []
+    with ShardWriter(output, samples_per_shard=per_shard, fingerprint=fingerprint) as writer:
+        for index in range(writer.state.get("next", 0), 10):
+            if index == stop_at:
+                raise KeyboardInterrupt
+            if index == 8:
+                writer.end("train")
+            split = "val" if index >= 8 else "train"
+            written.append(index)
+            if writer.write(split, f"{index:08d}", {"json": b"{}" * index}):
+                writer.mark({"next": index + 1})
+    return written
+
+
+def test_an_interrupted_job_goes_on_from_its_last_finished_shard(tmp_path: Path) -> None:
+    assert write_resumable(tmp_path / "whole") == list(range(10))
+    for stop_at, resumed_from in ((2, 0), (3, 3), (5, 3), (6, 6), (8, 6), (9, 6)):
+        output = tmp_path / str(stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            write_resumable(output, stop_at=stop_at)
+        assert not output.exists()
+        assert write_resumable(output) == list(range(resumed_from, 10))
+        assert files(output) == files(tmp_path / "whole")
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", str(stop_at)}
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "size", "lost", "shards", "none"])
+def test_nothing_is_taken_over_from_another_job_or_a_damaged_one(tmp_path: Path, change: str) -> None:
+    output = tmp_path / "out"
+    first = "" if change == "none" else "same"
+    with pytest.raises(KeyboardInterrupt):
+        write_resumable(output, stop_at=7, fingerprint=first)
+    left = tmp_path / ".out.incomplete"
+    assert (left / "train_000001.tar.idx").exists()
+    if change == "size":
+        os.truncate(left / "train_000000.tar", 100)
+    if change == "lost":
+        (left / "train_000001.tar.idx").unlink()
+    second = "other" if change == "fingerprint" else first
+    assert write_resumable(output, fingerprint=second, per_shard=4 if change == "shards" else 3) == list(range(10))
+    assert not left.exists()
+
+
+def test_two_jobs_do_not_write_the_same_output(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "out") as writer:
+        with pytest.raises(ValueError, match="another job is writing"):
+            write(tmp_path / "out")
+        writer.write("train", "0", {"json": b"{}"})
+    assert (tmp_path / "out" / "train_000000.tar").exists()
+    assert not (tmp_path / "out" / ".lock").exists()

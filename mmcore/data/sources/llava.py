@@ -37,7 +37,8 @@ def _read_row(item: Any, number: int, path: Path) -> Row:
             raise ValueError(f"{where} has a turn without the texts 'from' and 'value': {MEND}")
     if image is not None and not isinstance(image, str):
         raise ValueError(f"{where} has {_kind(image)} as image: one picture a row, by its path")
-    return Row(file=path, number=number, id=str(item.get("id", number)), image=image, conversations=conversations)
+    images = () if image is None else (image,)
+    return Row(file=path, number=number, id=str(item.get("id", number)), images=images, conversations=conversations)
 
 
 def _kind(value: Any) -> str:

@@ -1,36 +1,48 @@
-"""One sample of a raw data set, before and after it is checked and its picture read."""
+"""One row of a raw data set, in one form whatever format it came in."""
 
+import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
-
-from mmcore.constants import IMAGE_TAG
-from mmcore.data.conversation import read_turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One sample in LLaVA's form, whatever format it came in."""
+    """A conversation, or a document of text and pictures, before it is checked.
+
+    Either holds one image tag for each picture, in the pictures' order.
+    """
 
     file: Path
     """Annotations that it is of."""
     number: int
     """Its place there, from 0."""
     id: str
-    image: str | None
-    """Path of its picture below the folder of pictures."""
-    conversations: list[dict[str, str]]
+    images: tuple[str, ...] = ()
+    """Names of its pictures in the places of --images."""
+    urls: tuple[str, ...] = ()
+    """Where each came from, if known: archives of downloads may call it that."""
+    conversations: list[dict[str, str]] | None = None
+    text: str | None = None
+    """Of a document, which has no conversations."""
+    split: str | None = None
+    """Part of the dataset that the file itself puts it in."""
+    fault: str | None = None
+    """Why it is not in its format, for formats in which one broken row does not spoil the file."""
 
 
 class RejectedRowError(Exception):
-    """A row that does not go into the dataset."""
+    """A row, or one picture of a document, that does not go into the dataset."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
+        super().__init__(reason, detail)
         self.reason = reason
         """One of a few, to count."""
         self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 def read_json(path: Path) -> Any:
@@ -47,45 +59,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}): give the data set's annotations file") from None
 
 
-def sample_parts(row: Row, images: Path, *, needs_image: bool) -> dict[str, bytes]:
-    """Check a row and read its picture.
+def file_sha256(path: Path) -> str:
+    """Hash of an annotations file.
 
-    Args:
-        images: folder of the pictures.
-        needs_image: reject rows that have none.
-    Returns:
-        Content by file extension: the picture's own bytes, and the conversation.
     Raises:
-        RejectedRowError: the row cannot be trained on.
+        ValueError: missing or unreadable.
     """
+    digest = hashlib.sha256()
     try:
-        turns = read_turns(row.conversations)
-        text = json.dumps({"id": row.id, "conversations": row.conversations}, ensure_ascii=False).encode()
-    except ValueError as error:  # also of half a surrogate pair, which JSON can spell and UTF-8 cannot
-        raise RejectedRowError("conversation", str(error)) from None
-    if row.image is None and needs_image:
-        raise RejectedRowError("no picture", "the row names none")
-    num_images, num_tags = int(row.image is not None), sum(turn.text.count(IMAGE_TAG) for turn in turns)
-    if num_tags != num_images:
-        raise RejectedRowError("image tags", f"{num_tags} {IMAGE_TAG} for {num_images} picture")
-    picture = {} if row.image is None else _read_picture(images, row.image)
-    return {**picture, "json": text}
-
-
-def _read_picture(images: Path, name: str) -> dict[str, bytes]:
-    from mmcore.data.image import decode_image, picture_extension
-
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
-        raise RejectedRowError("unsafe path", f"{name!r} leads out of the folder of pictures")
-    try:
-        data = (images / name).read_bytes()
-    except FileNotFoundError:
-        raise RejectedRowError("missing picture", name) from None
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
     except OSError as error:
-        raise RejectedRowError("unreadable picture", f"{name}: {error.strerror}") from None
-    try:
-        extension = picture_extension(data)
-        decode_image(data)  # to the last pixel: a truncated file has a sound header
-    except ValueError as error:
-        raise RejectedRowError("not a picture", f"{name}: {error}") from None
-    return {extension: data}
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,42 @@
+"""JSON Lines, plain or compressed."""
+
+import contextlib
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Number, from 0, and content of every line that is not blank; a ValueError for one that is not JSON.
+
+    Args:
+        path: a file, compressed by gzip if its name ends in .gz, or a zip with one file in it.
+    Raises:
+        ValueError: missing or unreadable.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            for number, line in enumerate(_open(path, stack)):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except ValueError as error:  # of JSON or of UTF-8
+                        yield number, error
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _open(path: Path, stack: contextlib.ExitStack) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return io.BufferedReader(stack.enter_context(gzip.open(path)))
+    if path.suffix != ".zip":
+        return stack.enter_context(path.open("rb"))
+    archive = stack.enter_context(zipfile.ZipFile(path))
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    if len(names) != 1:
+        raise ValueError(f"{path} holds {len(names)} files where one is expected: unpack it and name them")
+    return stack.enter_context(archive.open(names[0]))
