@@ -6,8 +6,9 @@ energon's own `restore_seeds` costs 0.4 ms a sample and repeats itself over load
 
 import json
 import sys
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from megatron.energon import Cooker, DefaultTaskEncoder, Sample, SkipSample, basic_sample_keys, edataclass, stateless
@@ -23,6 +24,8 @@ PICTURES = tuple(dict.fromkeys(EXTENSIONS.values()))
 # So many broken samples one after the other are no accident: without this, a dataset of nothing else
 # would be read for ever.
 MAX_SKIPPED_IN_A_ROW = 100
+
+Stage = Literal["text", "pictures"]
 
 
 @edataclass
@@ -136,14 +139,16 @@ class TaskEncoder(DefaultTaskEncoder):
         self.layout = layout
         self.skipped = 0
         self.cut = 0
-        self._skipped_in_a_row = 0
+        # A packing buffer lays many samples out before it looks at the first picture.
+        self._in_a_row: Counter[Stage] = Counter()
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> LaidOutSample:
         try:
             conversation = lay_out(sample.parts, self.layout)
         except ValueError as error:
-            self._skip(sample.__key__, error)
+            self._skip("text", sample.__key__, error)
+        self._in_a_row["text"] = 0
         return LaidOutSample.derive_from(sample, parts=sample.parts, conversation=conversation)
 
     @stateless
@@ -151,8 +156,8 @@ class TaskEncoder(DefaultTaskEncoder):
         try:
             encoded = encode_sample(sample.__key__, sample.parts, sample.conversation, self.layout)
         except ValueError as error:
-            self._skip(sample.__key__, error)
-        self._skipped_in_a_row = 0
+            self._skip("pictures", sample.__key__, error)
+        self._in_a_row["pictures"] = 0
         self.cut += sample.conversation.was_cut
         return encoded
 
@@ -171,14 +176,11 @@ class TaskEncoder(DefaultTaskEncoder):
         rows = [sample.samples if isinstance(sample, Row) else [sample] for sample in samples]
         return collate([sample for row in rows for sample in row])
 
-    def _skip(self, key: str, error: ValueError) -> NoReturn:
-        self._count_skipped(key, error)
+    def _skip(self, stage: Stage, key: str, error: ValueError) -> NoReturn:
+        self.skipped += 1
+        self._in_a_row[stage] += 1
+        print(f"mmcore: sample {key} skipped: {error}", file=sys.stderr, flush=True)
+        if self._in_a_row[stage] == MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(f"{MAX_SKIPPED_IN_A_ROW} samples in a row cannot be used, the last is {key}: {error}")
         # The only exception that energon takes without a page of output.
         raise SkipSample from None
-
-    def _count_skipped(self, key: str, error: ValueError) -> None:
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        print(f"mmcore: sample {key} skipped: {error}", file=sys.stderr, flush=True)
-        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(f"{MAX_SKIPPED_IN_A_ROW} samples in a row cannot be used, the last is {key}: {error}")

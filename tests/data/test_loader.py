@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import shutil
@@ -9,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.energon import SkipSample
 
 from mmcore.data.batch import Batch
 from mmcore.data.image import decode_image, preprocess
 from mmcore.data.loader import FEW_SKIPPED, Loader
-from mmcore.data.task_encoder import MAX_SKIPPED_IN_A_ROW
+from mmcore.data.task_encoder import MAX_SKIPPED_IN_A_ROW, Layout, RawSample, TaskEncoder
 from mmcore.data.tokenizer import Tokenizer
 from tests.data import fabricated
 from tests.data.fabricated import NUM_IMAGE_EMBEDDINGS, conversation, loader, picture, write_shards
@@ -191,6 +193,25 @@ def test_nothing_but_broken_samples_stops_the_run(tmp_path: Path, tokenizer: Tok
     path = write_shards(tmp_path / "broken", 5, broken=frozenset(range(5)))
     with pytest.raises(RuntimeError, match=f"{MAX_SKIPPED_IN_A_ROW} samples in a row cannot be used"):
         take(loader(path, tokenizer), 1)
+
+
+def test_in_a_row_means_nothing_good_between(tokenizer: Tokenizer) -> None:
+    """A packing buffer lays many samples out before it looks at the first picture."""
+    layout = Layout(
+        tokenizer=tokenizer,
+        conversation="plain",
+        num_image_embeddings=4,
+        image_token_id=tokenizer.vocab_size,
+        image_size=16,
+        seq_length=64,
+    )
+    encoder = TaskEncoder(layout)
+    good = {"json": json.dumps({"conversations": conversation("what", "one")}).encode()}
+    for number in range(2 * MAX_SKIPPED_IN_A_ROW):
+        sample = RawSample(__key__=str(number), __restore_key__=(), __subflavors__={}, parts=good if number % 2 else {})
+        with contextlib.nullcontext() if number % 2 else pytest.raises(SkipSample):
+            encoder.preencode_sample(sample)
+    assert encoder.skipped == MAX_SKIPPED_IN_A_ROW
 
 
 def test_cut_samples_are_counted(dataset: Path, tokenizer: Tokenizer) -> None:

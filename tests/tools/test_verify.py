@@ -1,6 +1,5 @@
 """verify.py: that it finds what is wrong, and says where."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -191,6 +190,11 @@ def test_without_an_original_it_is_the_export(decoder: Path, tower: Callable[...
         parity.check(folder / "wide")
 
 
+def children() -> set[str]:
+    """Process ids; other tests may have left multiprocessing's own helpers, which live as long as pytest."""
+    return {child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()}
+
+
 @pytest.mark.parametrize("fault", ["raises", "hangs"])
 def test_ranks_that_fail_leave_none_behind(decoder: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     def compute(*_: object) -> list[Difference]:
@@ -200,7 +204,7 @@ def test_ranks_that_fail_leave_none_behind(decoder: Path, monkeypatch: pytest.Mo
         return []
 
     monkeypatch.setattr(megatron_ranks, "differences", compute)
-    started, place = time.monotonic(), decoder.parent
+    before, started, place = children(), time.monotonic(), decoder.parent
     error, message = {
         "raises": (VerificationError, "tensor parallel size 2.*could not be run(.|\n)*out of luck"),
         "hangs": (TimeoutError, "not done after 5 seconds"),
@@ -210,8 +214,7 @@ def test_ranks_that_fail_leave_none_behind(decoder: Path, monkeypatch: pytest.Mo
         next(outcomes)
     assert time.monotonic() - started < 60
     assert sorted(path.name for path in place.iterdir()) == ["hf", "language"]
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert children() <= before
 
 
 def test_too_little_memory(decoder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -58,7 +59,7 @@ class Member(NamedTuple):
     checksum: int = 0
 
 
-class _Archive:
+class _Archive(ABC):
     """An archive's members by name; a pickled one opens its file again."""
 
     def __init__(self, path: Path) -> None:
@@ -77,8 +78,8 @@ class _Archive:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
-    def _index(self) -> dict[str, Member]:
-        raise NotImplementedError
+    @abstractmethod
+    def _index(self) -> dict[str, Member]: ...
 
     def _find(self, name: str) -> Member:
         if name not in self.members:
