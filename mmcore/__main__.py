@@ -10,6 +10,7 @@ from mmcore.constants import EXIT_DONE, EXIT_USAGE
 
 VERBS = {
     "prepare": "turn raw pictures and conversations into an energon dataset",
+    "inspect": "say what a dataset holds, and what of it would hurt a run",
     "train": "pretrain or tune a model by a recipe",
     "generate": "let a checkpoint caption pictures or answer questions",
     "evaluate": "score predictions against references",

@@ -121,7 +121,12 @@ def save_checkpoint(
 
 
 def loader_file(folder: Path, data_parallel_rank: int) -> Path:
-    return folder / f"loader_{data_parallel_rank:05d}.bin"
+    return folder / f"loader_{data_parallel_rank:05d}.json"
+
+
+def loader_states(folder: Path) -> list[bytes]:
+    """Where the data of each data parallel rank stood when the checkpoint was written, in the ranks' order."""
+    return [path.read_bytes() for path in sorted(folder.glob("loader_*.json"))]
 
 
 def write_manifest(folder: Path) -> None:

@@ -86,22 +86,32 @@ class DataConfig:
     """Energon dataset that `mmcore prepare` wrote, or an energon metadataset YAML."""
     conversation: str = ""
     """Template that turns a conversation into tokens; by default the checkpoint's, "plain" for alignment."""
+    image_mode: Literal["", "crop", "pad", "squash"] = ""
+    """What becomes of pictures that are not square: their middle, a margin, or other proportions; by default the
+    checkpoint's."""
     seq_length: int = 1024
     """Longest sequence in tokens, image embeddings included; longer samples are cut, and counted."""
     num_workers: int = 2
     """Loader processes of each data parallel rank; 0 loads in the training process."""
+    num_streams: int = 0
+    """Parts that the data is dealt to for the whole run. Every number of data parallel ranks that divides it can go on
+    with a checkpoint; 0 chooses."""
     shuffle_buffer_size: int = 1000
-    """Samples that are shuffled among each other, beyond the shuffling of shards; 0 keeps the order."""
+    """Samples of a stream that are shuffled among each other, beyond the shuffling of blocks of 100; 0 keeps the
+    order."""
     packing_buffer_size: int = 0
     """Samples that are looked at to fill rows of seq-length; batch sizes then count rows. 0 packs none: they count
     samples."""
+    max_skipped: float = 0.01
+    """Largest fraction of a source's samples that may be skipped because they are broken, of each 1000 in a row."""
 
     def __post_init__(self) -> None:
         positive("data", self, "seq_length")
-        if min(self.num_workers, self.shuffle_buffer_size, self.packing_buffer_size) < 0:
-            raise ValueError(
-                "--data.num-workers, --data.shuffle-buffer-size and --data.packing-buffer-size must not be negative"
-            )
+        for name in ("num_workers", "num_streams", "shuffle_buffer_size", "packing_buffer_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--data.{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"--data.max-skipped is a fraction between 0 and 1, not {self.max_skipped}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,28 +130,25 @@ def answer(
 
 def layout(example: Example, tokenizer: Any, architecture: Architecture) -> "Prompt":
     """Tokens and pixels of one example."""
-    import torch
-
     from mmcore.data.conversation import encode_prompt
-    from mmcore.data.image import decode_image, preprocess
+    from mmcore.data.pictures import Pictures
     from mmcore.inference.generator import Prompt
 
-    assert architecture.vision is not None and architecture.image_token_id is not None
-    size = architecture.vision.image_size
+    pictures = Pictures(**architecture.picture_options())
     try:
-        pictures = [preprocess(decode_image(example.image.read_bytes()), size)] if example.image else []
+        files = [example.image.read_bytes()] if example.image else []
+        ids = [pictures.ids(data, tokenizer) for data in files]
+        encoded = pictures.encode(files)
     except (OSError, ValueError) as error:
         raise ValueError(f"picture {example.image} of example {example.id}: {error}") from None
     tokens = encode_prompt(
         example.prompt,
         tokenizer,
         architecture.conversation,
-        num_image_embeddings=architecture.vision.num_image_embeddings,
-        image_token_id=architecture.image_token_id,
-        num_images=len(pictures),
+        pictures=ids,
+        image_token_id=pictures.image_token_id,
     )
-    images = torch.stack(pictures) if pictures else torch.empty(0, 3, size, size, dtype=torch.uint8)
-    return Prompt(tokens=tokens, images=images)
+    return Prompt(tokens=tokens, images=encoded.images, image_sources=encoded.sources)
 
 
 def write(output: Path, examples: list[Example], answers: list[str]) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from mmcore.config import RunConfig, load_yaml, merge, nearest
 from mmcore.constants import EXIT_DONE
-from mmcore.models.architecture import Architecture, check_layout
+from mmcore.models.architecture import Architecture, check_layout, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
 
@@ -67,7 +67,7 @@ def check(config: RunConfig, world_size: int) -> Architecture:
         raise ValueError(f"--data.path {config.data.path} does not exist: write it with `mmcore prepare`")
     if not config.checkpoint.save:
         raise ValueError("no place to keep the run: give --checkpoint.save, a folder for its checkpoints and log")
-    architecture = resolve_architecture(config.model)
+    architecture = with_image_mode(resolve_architecture(config.model), config.data.image_mode)
     check_layout(architecture, config.parallel)
     config.train.num_microbatches(config.parallel.data_parallel_size(world_size))
     return architecture

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmcore.constants import IMAGE_TAG
 from mmcore.data.templates import Role, Segment, Turn, Writer, find_template
@@ -19,6 +19,7 @@ class EncodedConversation:
     labels: list[int]  # [s]; the next token, 0 where it is not trained
     loss_mask: list[float]  # [s]; 1 where the next token is trained, else 0
     num_images: int
+    """Pictures that are left in it, which are the first ones."""
     was_cut: bool
     """Whether it was longer than seq_length."""
 
@@ -65,31 +66,30 @@ def encode_conversation(
     tokenizer: Tokenizer,
     template: str,
     *,
-    num_image_embeddings: int,
+    pictures: Sequence[Sequence[int]],
     image_token_id: int,
     seq_length: int | None = None,
 ) -> EncodedConversation:
     """Lay out a conversation for training: only answers and the tokens that end them are trained.
 
     Args:
-        num_image_embeddings: places of one picture.
-        image_token_id: what stands there; outside the tokenizer's vocabulary.
+        pictures: sequence of each picture, in the order of the tags, as `Pictures.ids` gives it.
+        image_token_id: stands in them once for every embedding; no text can make it.
         seq_length: longest sequence; what is beyond it is cut off, pictures whole.
     Raises:
-        ValueError: unknown template, a control token that the tokenizer lacks, a cut through a
-            picture, or nothing to train in what is left.
+        ValueError: unknown template, a control token that the tokenizer lacks, other tags than
+            pictures, a cut through a picture, or nothing to train in what is left.
     """
     found = find_template(template)
-    image = [image_token_id] * num_image_embeddings
-    write = Writer(tokenizer=tokenizer, image=image, end_id=found.end_id(tokenizer))
-    return _encoded(found.lay_out(turns, write), image, seq_length)
+    write = Writer(tokenizer=tokenizer, image_token_id=image_token_id, end_id=found.end_id(tokenizer))
+    return _encoded(found.lay_out(turns, write), pictures, image_token_id, seq_length)
 
 
 def encode_document(
     text: str,
     tokenizer: Tokenizer,
     *,
-    num_image_embeddings: int,
+    pictures: Sequence[Sequence[int]],
     image_token_id: int,
     seq_length: int | None = None,
 ) -> EncodedConversation:
@@ -99,19 +99,19 @@ def encode_document(
     picture.
 
     Args:
-        num_image_embeddings: places of one picture.
-        image_token_id: what stands there; outside the tokenizer's vocabulary.
+        pictures: sequence of each picture, in the order of the tags, as `Pictures.ids` gives it.
+        image_token_id: stands in them once for every embedding; no text can make it.
         seq_length: longest sequence; what is beyond it is cut off, pictures whole.
     Raises:
-        ValueError: a cut through a picture, or nothing to train in what is left.
+        ValueError: other tags than pictures, a cut through a picture, or nothing to train in what is
+            left.
     """
-    image = [image_token_id] * num_image_embeddings
-    write = Writer(tokenizer=tokenizer, image=image, end_id=tokenizer.eos_id)
+    write = Writer(tokenizer=tokenizer, image_token_id=image_token_id, end_id=tokenizer.eos_id)
     first, *rest = text.split(IMAGE_TAG)
     segments = [Segment(write.start, False), Segment(write.text(first), True)]
     for part in rest:
-        segments += [Segment(image, False), Segment(write.text(part), True)]
-    return _encoded([*segments, Segment([write.end_id], True)], image, seq_length)
+        segments += [Segment([image_token_id], False), Segment(write.text(part), True)]
+    return _encoded([*segments, Segment([write.end_id], True)], pictures, image_token_id, seq_length)
 
 
 def encode_prompt(
@@ -119,48 +119,71 @@ def encode_prompt(
     tokenizer: Tokenizer,
     template: str,
     *,
-    num_image_embeddings: int,
+    pictures: Sequence[Sequence[int]],
     image_token_id: int,
-    num_images: int,
 ) -> list[int]:
     """Lay out one question up to where its answer starts: the head of what training lays out.
 
-    Pictures stand where the question has its tags, or first if it has none.
+    Pictures stand where the question has its tags, or first if it has none; they and image_token_id
+    are as in `encode_conversation`.
 
     Raises:
         ValueError: unknown template, a control token that the tokenizer lacks, or another number of
             tags than of pictures.
     """
     if IMAGE_TAG not in question:
-        question = f"{IMAGE_TAG}\n" * num_images + question
-    if question.count(IMAGE_TAG) != num_images:
-        raise ValueError(
-            f"the question has {question.count(IMAGE_TAG)} {IMAGE_TAG} for {num_images} pictures: {question[:80]!r}"
-        )
+        question = f"{IMAGE_TAG}\n" * len(pictures) + question
+    if (num_tags := question.count(IMAGE_TAG)) != len(pictures):
+        raise ValueError(f"the question has {num_tags} {IMAGE_TAG} for {len(pictures)} pictures: {question[:80]!r}")
     found = find_template(template)
-    write = Writer(tokenizer=tokenizer, image=[image_token_id] * num_image_embeddings, end_id=found.end_id(tokenizer))
-    return [id for segment in found.lay_out([Turn("user", question)], write) for id in segment.ids]
+    write = Writer(tokenizer=tokenizer, image_token_id=image_token_id, end_id=found.end_id(tokenizer))
+    return _joined(found.lay_out([Turn("user", question)], write), pictures, image_token_id).ids
 
 
-def _encoded(segments: Iterable[Segment], image: list[int], seq_length: int | None) -> EncodedConversation:
-    """Join segments, cut what is too long, and give each position the token that follows it."""
-    ids: list[int] = []
-    trained: list[bool] = []
+class _Joined(NamedTuple):
+    """A whole conversation."""
+
+    ids: list[int]
+    trained: list[bool]
+    places: list[range]
+    """Of each picture."""
+
+
+def _joined(segments: Iterable[Segment], pictures: Sequence[Sequence[int]], image_token_id: int) -> _Joined:
+    """Join segments, each placeholder replaced by its picture."""
+    joined = _Joined([], [], [])
+    num_tags = 0
     for segment in segments:
-        ids += segment.ids
-        trained += [segment.is_trained] * len(segment.ids)
+        for id in segment.ids:
+            if id != image_token_id:
+                joined.ids.append(id)
+            else:
+                num_tags += 1
+                picture = pictures[num_tags - 1] if num_tags <= len(pictures) else ()
+                joined.places.append(range(len(joined.ids), len(joined.ids) + len(picture)))
+                joined.ids.extend(picture)
+        joined.trained.extend([segment.is_trained] * (len(joined.ids) - len(joined.trained)))
+    if num_tags != len(pictures):
+        raise ValueError(f"{num_tags} {IMAGE_TAG} for {len(pictures)} pictures")
+    return joined
+
+
+def _encoded(
+    segments: Iterable[Segment], pictures: Sequence[Sequence[int]], image_token_id: int, seq_length: int | None
+) -> EncodedConversation:
+    """Join segments, cut what is too long, and give each position the token that follows it."""
+    ids, trained, places = _joined(segments, pictures, image_token_id)
     length = len(ids) - 1
     kept = length if seq_length is None else min(length, seq_length)
-    tokens, following, trained = ids[:kept], ids[1 : kept + 1], trained[1 : kept + 1]
-    num_images, broken = divmod(tokens.count(image[0]), len(image))
-    if broken:
+    if any(place.start < kept < place.stop for place in places):
         raise ValueError(f"seq_length {seq_length} cuts through a picture (the sequence has {length} tokens)")
+    tokens, following, trained = ids[:kept], ids[1 : kept + 1], trained[1 : kept + 1]
     if not any(trained):
         raise ValueError(f"nothing to train in the first {kept} of {length} tokens")
     return EncodedConversation(
         tokens=tokens,
         labels=[id if is_trained else 0 for id, is_trained in zip(following, trained, strict=True)],
         loss_mask=[1.0 if is_trained else 0.0 for is_trained in trained],
-        num_images=num_images,
+        num_images=sum(place.stop <= kept for place in places),
         was_cut=kept < length,
     )

@@ -1,182 +1,233 @@
-"""An endless stream of micro batches of one data parallel rank, which goes on exactly where it was saved."""
+"""An endless stream of micro batches of one data parallel rank, which goes on exactly where it was saved.
 
+The data of a run is dealt to a fixed number of streams, and micro batch g of the whole run, over all
+ranks, comes from stream g modulo that number. So the same global batches follow each other on however
+many ranks, with however many workers, and a checkpoint goes on with the very next one on another number
+of either.
+"""
+
+import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megatron.energon import WorkerConfig, get_savable_loader
-from megatron.energon.errors import reraise_exception
-from megatron.energon.savable_loader import SavableDatasetCheckpoint
-from megatron.energon.wrappers.base import BaseWrapperDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmcore.config import DataConfig
 from mmcore.data.batch import Batch
 from mmcore.data.conversation import encode_prompt
-from mmcore.data.dataset import hash_dataset, open_dataset
-from mmcore.data.loader_state import from_json, to_json
-from mmcore.data.task_encoder import Layout, TaskEncoder
+from mmcore.data.dataset import Dataset, open_dataset
+from mmcore.data.pictures import Pictures
+from mmcore.data.stream import Blend, Count, Place, Stream, TooManySkippedError, build_blend
+from mmcore.data.task_encoder import Layout
 from mmcore.data.tokenizer import Tokenizer
 
-# More skipped samples than this fraction stop the run, but never so few that they may be chance.
-MAX_SKIPPED, FEW_SKIPPED = 0.01, 10
-
-# With workers, resuming reads again what was read since the last of these.
-STATE_INTERVAL = 5.0  # seconds
+# A run's streams, unless ranks and workers ask for more or the dataset is too small: it can then be
+# resumed on as many ranks.
+NUM_STREAMS, SAMPLES_PER_STREAM = 8, 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """What must be the same for a state to mean the same samples."""
+    """What must be the same for a place to mean the same samples."""
 
     dataset: str
     """Hash of its shards' hashes (or indexes), in order."""
-    data_parallel_rank: int
-    data_parallel_size: int
-    num_workers: int
+    num_streams: int
     micro_batch_size: int
+    seq_length: int
     shuffle_buffer_size: int
     packing_buffer_size: int
     seed: int
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """What a worker has counted up to and with a batch."""
+class Saved:
+    """What all ranks saved, joined."""
 
-    samples: int = 0
-    skipped: int = 0
-    cut: int = 0
+    fingerprint: dict[str, Any]
+    position: int
+    """Micro batches of the whole run that were taken."""
+    places: dict[int, Place]
+    """By stream."""
+
+    @property
+    def num_streams(self) -> int:
+        return int(self.fingerprint["num_streams"])
 
 
-class Tallied(BaseWrapperDataset):
-    """Sends a worker's tally along with each batch, and has it saved and restored with the worker.
+def read_states(states: Sequence[bytes]) -> Saved:
+    """Join what `Loader.state_dict` gave on every rank, in order.
 
-    A counter shared by processes would also hold what was read ahead, and count again what is read
-    again on resuming.
+    Raises:
+        ValueError: not such states, or not all of one step.
     """
+    try:
+        contents = [json.loads(state) for state in states]
+        turns = [content["turn"] for content in contents]
+        sizes = {content["data_parallel_size"] for content in contents}
+        places = {
+            int(stream): Place.from_json(place) for content in contents for stream, place in content["places"].items()
+        }
+        saved = Saved({"num_streams": 0, **contents[0]["fingerprint"]}, turns[0] * len(states), places)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the loader's state cannot be read ({error!r}): resume from another checkpoint") from None
+    if sizes != {len(states)} or len(set(turns)) > 1:
+        raise ValueError(
+            f"the loader's states are not those of all ranks at one step ({len(states)} files of {sorted(sizes)} ranks, "
+            f"turns {sorted(set(turns))}): resume from another checkpoint"
+        )
+    return saved
 
-    _savable_fields = ("_samples", "_skipped", "_cut")
 
-    def __init__(self, dataset: Any, encoder: TaskEncoder, worker_config: WorkerConfig) -> None:
-        super().__init__(dataset, worker_config=worker_config)
-        self._encoder = encoder
-        self.reset_state_own()
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a worker hands over: a batch of a stream, or why there are no more."""
 
-    def __iter__(self) -> Iterator[tuple[int, Tally, Batch]]:
-        for batch in self.dataset:
-            self._samples += len(batch.keys)
-            tally = Tally(self._samples, self._skipped, self._cut)
-            yield self.worker_config.rank_worker_id(), tally, batch
+    stream: int
+    batch: Batch | None
+    place: Place | None
+    error: str = ""
 
-    @property
-    def _skipped(self) -> int:
-        return self._encoder.skipped
 
-    @_skipped.setter
-    def _skipped(self, value: int) -> None:
-        self._encoder.skipped = value
+@dataclass(slots=True, kw_only=True)
+class Reader(IterableDataset[Taken]):
+    """Reads a rank's streams in turn; of several workers, each has streams of its own."""
 
-    @property
-    def _cut(self) -> int:
-        return self._encoder.cut
+    streams: Sequence[int]
+    first: int
+    """Which turn comes next."""
+    places: Mapping[int, Place]
+    blend: Blend
+    layout: Layout
+    settings: dict[str, Any]
+    """Of Stream."""
 
-    @_cut.setter
-    def _cut(self, value: int) -> None:
-        self._encoder.cut = value
-
-    def reset_state_own(self) -> None:
-        self._samples = self._skipped = self._cut = 0
-
-    def len_worker(self, worker_idx: int | None = None) -> int:
-        return self.dataset.len_worker(worker_idx)
-
-    def config(self) -> dict[str, Any]:
-        return self.dataset.config()
+    def __iter__(self) -> Iterator[Taken]:
+        worker = get_worker_info()
+        skip, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        opened: dict[int, Stream] = {}
+        for turn in itertools.count(self.first + skip, step):
+            number = self.streams[turn % len(self.streams)]
+            try:
+                if number not in opened:
+                    place = self.places.get(number)
+                    opened[number] = Stream(number, self.blend, self.layout, place=place, **self.settings)
+                batch, place = next(opened[number])
+            except TooManySkippedError as error:
+                yield Taken(number, None, None, str(error))
+                return
+            yield Taken(number, batch, place)
 
 
 class Loader:
     """Iterates over `Batch` for ever."""
 
-    def __init__(self, loader: Any, fingerprint: Fingerprint) -> None:
-        self._loader = loader
-        self._fingerprint = fingerprint
-        self._tallies = [Tally()] * max(1, fingerprint.num_workers)
+    def __init__(
+        self,
+        blend: Blend,
+        layout: Layout,
+        fingerprint: Fingerprint,
+        settings: dict[str, Any],
+        *,
+        num_workers: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        self.sources = tuple(source.name for source in blend.dataset.sources)
+        """Names of what is blended, in the order of `Batch.sources`."""
+        self._blend, self._layout, self._fingerprint, self._settings = blend, layout, fingerprint, settings
+        self._rank, self._size = data_parallel_rank, data_parallel_size
+        self._streams = range(data_parallel_rank, fingerprint.num_streams, data_parallel_size)
+        # Each stream lives in one worker, and workers take turns: their number must divide that of the streams.
+        possible = [count for count in range(1, num_workers + 1) if len(self._streams) % count == 0]
+        self.num_workers = max(possible, default=0)
+        self._places: dict[int, Place] = {}
+        self._turn = 0
+        self._loader: Any = None
+        self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
-        for worker, tally, batch in self._loader:
-            self._tallies[worker] = tally
-            self._check_skipped()
-            yield batch
+        reader = Reader(
+            streams=self._streams,
+            first=self._turn,
+            places=dict(self._places),
+            blend=self._blend,
+            layout=self._layout,
+            settings=self._settings,
+        )
+        self.close()
+        # Forked, so that workers share the tokenizer and the dataset's index; torch gives each one thread.
+        context = "fork" if self.num_workers else None
+        loader = DataLoader(reader, batch_size=None, num_workers=self.num_workers, multiprocessing_context=context)
+        self._iterator = iter(loader)
+        for taken in self._iterator:
+            if taken.error:
+                raise TooManySkippedError(taken.error)
+            self._places[taken.stream] = taken.place
+            self._turn += 1
+            yield taken.batch
+
+    def counts(self) -> dict[str, Count]:
+        """Of each source, what this rank's streams have counted, in the runs before too."""
+        totals = {name: Count() for name in self.sources}
+        for place in self._places.values():
+            for total, count in zip(totals.values(), place.counts, strict=True):
+                for field in fields(Count):
+                    setattr(total, field.name, getattr(total, field.name) + getattr(count, field.name))
+        return totals
 
     @property
     def skipped(self) -> int:
-        """Samples left out so far, of all workers and of the runs before: broken, or not to be laid out."""
-        return sum(tally.skipped for tally in self._tallies)
+        """Samples left out so far: broken, or not to be laid out."""
+        return sum(count.skipped for count in self.counts().values())
 
     @property
     def cut(self) -> int:
         """Samples so far that were longer than seq_length."""
-        return sum(tally.cut for tally in self._tallies)
+        return sum(count.cut for count in self.counts().values())
 
     def state_dict(self) -> bytes:
-        """Where the stream stands, after the last batch that was taken from it."""
-        state = self._loader.save_state_rank()
-        for worker in state.worker_states if state else []:
-            if isinstance(worker, SavableDatasetCheckpoint) and worker.state is not None:
-                # Of torch's, numpy's and Python's global generators, which nothing here draws from.
-                worker.state.rng = None
+        """Where this rank's streams stand, after the last batch that was taken from it."""
         content = {
             "fingerprint": asdict(self._fingerprint),
-            "tallies": [asdict(tally) for tally in self._tallies],
-            "state": to_json(state),
+            "data_parallel_size": self._size,
+            "turn": self._turn,
+            "places": {str(stream): asdict(place) for stream, place in self._places.items()},
         }
         return json.dumps(content).encode()
 
-    def load_state_dict(self, state: bytes) -> None:
-        """Go on where `state` was saved; before the first batch is taken.
+    def load_state_dict(self, states: Sequence[bytes]) -> None:
+        """Go on where all ranks saved; before the first batch is taken.
 
+        Args:
+            states: of every rank, in order; their number need not be that of the ranks now.
         Raises:
-            ValueError: not a state, or of another dataset, layout of ranks and workers, batch size,
-                shuffle buffer or seed (both values are named).
+            ValueError: not such states, or of another dataset, number of streams, batch size, sequence
+                length, buffer or seed (both values are named).
         """
-        try:
-            content = json.loads(state)
-            saved, inner = content["fingerprint"], from_json(content["state"])
-            tallies = [Tally(**tally) for tally in content["tallies"]]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the loader's state cannot be read ({error}): resume from another checkpoint") from None
+        saved = read_states(states)
         differing = [
-            f"{name} was {saved.get(name)!r} and is {value!r}"
+            f"{name} was {saved.fingerprint.get(name)!r} and is {value!r}"
             for name, value in asdict(self._fingerprint).items()
-            if saved.get(name) != value
+            if saved.fingerprint.get(name) != value
         ]
         if differing:
             raise ValueError(
                 f"the data cannot go on where the checkpoint stopped: {'; '.join(differing)}. "
                 "Resume with the same values, or start a new run from the checkpoint's weights"
             )
-        self._loader.restore_state_rank(inner)
-        self._tallies = tallies
+        self._turn = -(-(saved.position - self._rank) // self._size)
+        self._places = {stream: place for stream, place in saved.places.items() if stream in self._streams}
 
     def close(self) -> None:
         """Stop the workers."""
-        iterator = self._loader._iterator
-        if iterator is not None and self._fingerprint.num_workers:
-            iterator._shutdown_workers()
+        if self._iterator is not None and self.num_workers:
+            self._iterator._shutdown_workers()
+        self._iterator = None
 
-    # energon's loader refers to itself, and garbage collection takes its queues apart before its workers
-    # are told to stop: each would be waited for in vain, 5 seconds.
     __del__ = close
-
-    def _check_skipped(self) -> None:
-        samples = sum(tally.samples for tally in self._tallies)
-        if self.skipped > max(FEW_SKIPPED, MAX_SKIPPED * (samples + self.skipped)):
-            raise RuntimeError(
-                f"{self.skipped} of {samples + self.skipped} samples had to be skipped, more than {MAX_SKIPPED:.0%}: "
-                "the lines above say why; mend or prepare the dataset again"
-            )
 
 
 def build_train_loader(
@@ -184,81 +235,85 @@ def build_train_loader(
     *,
     tokenizer: Tokenizer,
     conversation: str,
-    num_image_embeddings: int,
-    image_token_id: int,
-    image_size: int,
+    pictures: Pictures,
     micro_batch_size: int,
     data_parallel_rank: int,
     data_parallel_size: int,
     seed: int,
+    states: Sequence[bytes] = (),
 ) -> Loader:
-    """Open the train split of a dataset. The order of its samples depends on the seed alone.
+    """Open the train split of a dataset. The order of its samples depends on the seed and the streams alone.
 
     Args:
         conversation: template, a name in mmcore.data.templates.TEMPLATES.
-        num_image_embeddings: places of one picture in a sequence.
-        image_token_id: what stands there.
-        image_size: height and width of the pixels.
-        micro_batch_size: samples of a batch.
+        pictures: what the model makes of them.
+        micro_batch_size: rows of a batch; without packing, samples.
+        states: what `state_dict` gave on each rank, in order, to go on from there; the beginning if left out.
     Raises:
-        ValueError: no dataset, too few samples for so many ranks and workers, unknown template, the
-            tokenizer can make image_token_id of text, or no picture fits into seq_length.
+        ValueError: no dataset, too few samples for so many ranks and workers, streams that cannot be dealt
+            to the ranks, unknown template, the tokenizer can make image_token_id of text, a
+            picture does not fit into seq_length, or see `Loader.load_state_dict`.
     """
+    image_token_id = pictures.image_token_id
     if image_token_id < tokenizer.vocab_size and image_token_id not in tokenizer.control.values():
         raise ValueError(
             f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: it "
             "must lie beyond them or be a control token; convert the model again with this tokenizer"
         )
-    if num_image_embeddings >= config.seq_length:
+    if (longest := pictures.longest(tokenizer)) >= config.seq_length:
         raise ValueError(
-            f"--data.seq-length {config.seq_length} has no room for a picture ({num_image_embeddings} tokens) and text"
+            f"--data.seq-length {config.seq_length} has no room for a picture (up to {longest} tokens) and text"
         )
-    sizes = {"num_image_embeddings": num_image_embeddings, "image_token_id": image_token_id}
-    encode_prompt("", tokenizer, conversation, num_images=1, **sizes)  # raises if they do not go together
-    layout = Layout(
-        tokenizer=tokenizer,
-        conversation=conversation,
-        image_size=image_size,
-        seq_length=config.seq_length,
-        **sizes,
-    )
-    workers = WorkerConfig(
-        rank=data_parallel_rank,
-        world_size=data_parallel_size,
-        num_workers=config.num_workers,
-        seed_offset=seed,
-        global_error_handler=reraise_exception,  # the encoder skips what may be skipped itself; the rest is a bug
-    )
-    found = open_dataset(Path(config.path), workers)
-    num_samples = sum(len(part.dataset) for part in found.datasets)
-    num_readers = data_parallel_size * max(1, config.num_workers)
-    if num_samples < num_readers:
-        raise ValueError(
-            f"{config.path} has {num_samples} samples for {num_readers} readers ({data_parallel_size} data parallel "
-            f"ranks x {max(1, config.num_workers)} workers): lower --data.num-workers, or start fewer ranks"
-        )
-    encoder = TaskEncoder(layout)
-    dataset = encoder.build_train_datasets(
-        datasets=found.datasets,
-        worker_config=workers,
-        batch_size=micro_batch_size,
-        # A buffer above one epoch would only mix epochs.
-        shuffle_buffer_size=min(config.shuffle_buffer_size, num_samples // num_readers),
-        packing_buffer_size=config.packing_buffer_size or None,
-        blend_mode=found.blend_mode,
-    )
-    dataset = Tallied(dataset, encoder, workers)
-    # Its watchdog prints all threads' variables after a slow batch and then stops watching.
-    loader = get_savable_loader(dataset, checkpoint_every_sec=STATE_INTERVAL, watchdog_timeout_seconds=None)
-    loader.pin_memory = False  # energon has it always on; it would not pin a Batch, and warns without a GPU
+    encode_prompt("", tokenizer, conversation, pictures=[], image_token_id=image_token_id)  # raises if they do not fit
+    layout = Layout(tokenizer=tokenizer, conversation=conversation, pictures=pictures, seq_length=config.seq_length)
+    dataset = open_dataset(config.path)
+    wanted = config.num_streams or (read_states(states).num_streams if states else 0)
+    num_streams = _num_streams(wanted, config, dataset, data_parallel_size)
     fingerprint = Fingerprint(
-        dataset=hash_dataset(found),
-        data_parallel_rank=data_parallel_rank,
-        data_parallel_size=data_parallel_size,
-        num_workers=config.num_workers,
+        dataset=dataset.digest,
+        num_streams=num_streams,
         micro_batch_size=micro_batch_size,
+        seq_length=config.seq_length,
         shuffle_buffer_size=config.shuffle_buffer_size,
         packing_buffer_size=config.packing_buffer_size,
         seed=seed,
     )
-    return Loader(loader, fingerprint)
+    settings = {
+        "micro_batch_size": micro_batch_size,
+        "packing_buffer_size": config.packing_buffer_size,
+        "max_skipped": config.max_skipped,
+    }
+    loader = Loader(
+        build_blend(dataset, num_streams=num_streams, window=config.shuffle_buffer_size, seed=seed),
+        layout,
+        fingerprint,
+        settings,
+        num_workers=config.num_workers,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=data_parallel_size,
+    )
+    if states:
+        loader.load_state_dict(states)
+    return loader
+
+
+def _num_streams(wanted: int, config: DataConfig, dataset: Dataset, data_parallel_size: int) -> int:
+    """Streams of a run, checked."""
+    readers = data_parallel_size * max(1, config.num_workers)
+    epoch = [int((source.repetitions or 1) * len(source)) for source in dataset.sources]
+    num_samples = min(epoch) if dataset.by_weight else sum(epoch)
+    chosen = wanted or readers
+    while not wanted and chosen < NUM_STREAMS and num_samples >= 2 * chosen * SAMPLES_PER_STREAM:
+        chosen *= 2
+    if chosen % data_parallel_size:
+        possible = ", ".join(str(size) for size in range(1, chosen + 1) if chosen % size == 0)
+        raise ValueError(
+            f"the data of this run is dealt to {chosen} streams, which {data_parallel_size} data parallel ranks cannot "
+            f"share evenly: start {possible} of them, or a new run with another --data.num-streams"
+        )
+    if num_samples < chosen:
+        raise ValueError(
+            f"{config.path} has {num_samples} samples for {chosen} streams ({data_parallel_size} data parallel ranks, "
+            f"{config.num_workers} workers each): lower --data.num-workers or --data.num-streams, or start fewer ranks"
+        )
+    return chosen

@@ -15,8 +15,9 @@ from megatron.energon import Cooker, DefaultTaskEncoder, Sample, SkipSample, bas
 
 from mmcore.data.batch import Batch, EncodedSample, collate
 from mmcore.data.conversation import EncodedConversation, encode_conversation, encode_document, read_turns
-from mmcore.data.image import EXTENSIONS, decode_image, preprocess
+from mmcore.data.image import EXTENSIONS
 from mmcore.data.packing import pack
+from mmcore.data.pictures import Pictures
 from mmcore.data.tokenizer import Tokenizer
 
 PICTURES = tuple(dict.fromkeys(EXTENSIONS.values()))
@@ -42,9 +43,7 @@ class Layout:
 
     tokenizer: Tokenizer
     conversation: str
-    num_image_embeddings: int
-    image_token_id: int
-    image_size: int
+    pictures: Pictures
     seq_length: int
 
 
@@ -71,31 +70,27 @@ class LaidOutSample(Sample):
 
 
 def lay_out(parts: dict[str, bytes], layout: Layout) -> EncodedConversation:
-    """A sample's sequence; looks at no picture.
+    """A sample's sequence; reads no more of a picture than its header, and that only if its size matters.
 
     Raises:
         ValueError: there is no text, or it cannot be trained on, or it has places for other than the
-            sample's pictures.
+            sample's pictures, or one of these is none.
     """
     if "json" not in parts:
         raise ValueError(f"no json beside {', '.join(parts)}")
     content = json.loads(parts["json"])
-    places = {
-        "num_image_embeddings": layout.num_image_embeddings,
-        "image_token_id": layout.image_token_id,
+    places: dict[str, Any] = {
+        "pictures": [layout.pictures.ids(data, layout.tokenizer) for data in picture_files(parts)],
+        "image_token_id": layout.pictures.image_token_id,
         "seq_length": layout.seq_length,
     }
     if isinstance(content, dict) and isinstance(content.get("text"), str):
-        conversation = encode_document(content["text"], layout.tokenizer, **places)
-    else:
-        turns = read_turns(content.get("conversations") if isinstance(content, dict) else None)
-        conversation = encode_conversation(turns, layout.tokenizer, layout.conversation, **places)
-    if conversation.num_images != len(pictures(parts)):
-        raise ValueError(f"{conversation.num_images} places for {len(pictures(parts))} pictures")
-    return conversation
+        return encode_document(content["text"], layout.tokenizer, **places)
+    turns = read_turns(content.get("conversations") if isinstance(content, dict) else None)
+    return encode_conversation(turns, layout.tokenizer, layout.conversation, **places)
 
 
-def pictures(parts: dict[str, bytes]) -> list[bytes]:
+def picture_files(parts: dict[str, bytes]) -> list[bytes]:
     """Files of a sample's pictures in the order of their tags: one is `jpg`, several are `0.jpg`, `1.png`, ..."""
     found = []
     for name, data in parts.items():
@@ -113,14 +108,15 @@ def encode_sample(
     Raises:
         ValueError: a picture is broken.
     """
-    images = [preprocess(decode_image(data), layout.image_size) for data in pictures(parts)]
-    empty = torch.empty(0, 3, layout.image_size, layout.image_size, dtype=torch.uint8)
+    pictures = layout.pictures.encode(picture_files(parts)[: conversation.num_images])
     return EncodedSample(
         key=key,
         tokens=torch.tensor(conversation.tokens),
         labels=torch.tensor(conversation.labels),
         loss_mask=torch.tensor(conversation.loss_mask),
-        images=torch.stack(images) if images else empty,
+        images=pictures.images,
+        image_sources=pictures.sources,
+        num_features=pictures.num_features,
     )
 
 

@@ -32,11 +32,11 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer:
-    """Turns text and pictures into ids."""
+    """Turns text into ids, with one placeholder for each picture: `conversation` puts the pictures in."""
 
     tokenizer: Tokenizer
-    image: list[int]
-    """Placeholders of one picture."""
+    image_token_id: int
+    """What stands for a picture; no text can make it."""
     end_id: int
     """What ends an answer."""
 
@@ -46,11 +46,11 @@ class Writer:
         return [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
 
     def text(self, text: str) -> list[int]:
-        """Ids of a text that stands by itself; each image tag becomes a picture's placeholders."""
+        """Ids of a text that stands by itself; each image tag becomes a picture's placeholder."""
         first, *rest = text.split(IMAGE_TAG)
         ids = self.tokenizer.encode(first)
         for part in rest:
-            ids = ids + self.image + self.tokenizer.encode(part)
+            ids = [*ids, self.image_token_id, *self.tokenizer.encode(part)]
         return ids
 
     def answer(self, text: str) -> list[int]:
@@ -69,7 +69,7 @@ def plain(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
     caption, here the end token does, so that generation stops by itself.
     """
     num_images = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-    yield Segment([*write.start, *(write.image * num_images)], False)
+    yield Segment([*write.start, *[write.image_token_id] * num_images], False)
     answers = [turn.text for turn in turns if turn.role == "assistant"]
     if answers:
         yield Segment(write.answer(answers[-1]), True)
@@ -82,7 +82,7 @@ def mistral_instruct(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
     """
     start, end = write.tokenizer.special("[INST]"), write.tokenizer.special("[/INST]")
     last = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
-    system = "".join(f"{turn.text}\n\n" for turn in turns if turn.role == "system")
+    system = "".join(f"{turn.text}\n\n" for turn in turns if turn.role == "system" and turn.text)
     yield Segment(write.start, False)
     for index, turn in enumerate(turns):
         if turn.role == "user":
@@ -118,7 +118,8 @@ VICUNA_SYSTEM = (
 def vicuna_v1(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
     """Vicuna 1.1 and 1.5, and LLaVA's on them: `<s>system USER: question ASSISTANT: answer</s>USER: ...`.
 
-    Source: LLaVA llava/conversation.py, conv_vicuna_v1, at c121f04.
+    Source: LLaVA llava/conversation.py, conv_vicuna_v1, at c121f04. (There an empty question is one
+    to be answered, and loses its spaces.)
     """
     system, talk = _parted(turns)
     opening = f"{VICUNA_SYSTEM if system is None else system} "
@@ -134,8 +135,9 @@ def vicuna_v1(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
 def llama2_chat(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
     """LLaMA 2 chat: `<s>[INST] <<SYS>>...<</SYS>> question [/INST] answer </s>`, each round by itself.
 
-    Source: meta-llama/llama llama/generation.py, chat_completion, and the chat template in
-    tokenizer_config.json of meta-llama/Llama-2-7b-chat-hf.
+    The brackets are text, so a question can spell them. Source: meta-llama/llama
+    llama/generation.py, chat_completion, and the chat template in tokenizer_config.json of
+    meta-llama/Llama-2-7b-chat-hf.
     """
     system, talk = _parted(turns)
     opening = "" if system is None else f"<<SYS>>\n{system}\n<</SYS>>\n\n"
@@ -148,7 +150,12 @@ def llama2_chat(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
 
 
 def llama2_chat_tagged(turns: Sequence[Turn], write: Writer) -> Iterator[Segment]:
-    """LLaMA 2 chat with each picture between `<<IMG>>` and `<</IMG>>`, which are text, as in MM-LLaMA."""
+    """LLaMA 2 chat with each picture between `<<IMG>>` and `<</IMG>>`, which are text.
+
+    Source: michaelnny/MM-LLaMA mm_llama/utils/prompt_builder.py, build_prompt_completion, at 7850b7d.
+    There a picture always follows its question, behind a space; here it stands where its tag does.
+    Answers are as in LLaMA 2 chat, so a space ends them, which its code leaves out.
+    """
     tagged = [turn._replace(text=turn.text.replace(IMAGE_TAG, f"<<IMG>>{IMAGE_TAG}<</IMG>>")) for turn in turns]
     return llama2_chat(tagged, write)
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from mmcore.data.image import resize, to_tensor
+from mmcore.data.image import Picture, resize
 
 # Among `sources`: the learned embedding that ends a row, instead of a feature.
 NEWLINE = -1
@@ -118,23 +117,27 @@ def dynamic_layout(size: tuple[int, int], image_size: int, num_features: int, ma
     )
 
 
-def tiles(image: Image.Image, layout: TileLayout, image_size: int) -> Tensor:
+def tiles(image: Picture, layout: TileLayout, image_size: int) -> Tensor:
     """The squares of a picture that has the size for which the layout was made.
 
     Args:
-        image: mode RGB.
+        image: mode RGB, or its pixels.
         image_size: side of a square, as the layout was told.
     Returns:
         uint8 [num_squares, 3, image_size, image_size], not normalised.
     Raises:
         ValueError: so long and narrow that on the way it would have more than MAX_PIXELS.
     """
-    resized = resize(image, layout.resized)
-    squares = [resized.crop(box) for box in layout.boxes]
+    rows, columns = layout.grid
+    left, top, *_ = layout.boxes[0]
+    canvas = torch.zeros(3, rows * image_size, columns * image_size, dtype=torch.uint8)
+    canvas[:, -top : layout.resized[1] - top, -left : layout.resized[0] - left] = resize(image, layout.resized)
+    cut = canvas.view(3, rows, image_size, columns, image_size).permute(1, 3, 0, 2, 4)  # [rows, columns, 3, h, w]
+    squares = [cut.flatten(0, 1)]
     if layout.thumbnail:
-        whole = resize(image, (image_size, image_size))
-        squares.insert(0 if layout.thumbnail == "first" else len(squares), whole)
-    return torch.stack([to_tensor(square) for square in squares])  # [n, 3, h, w]
+        whole = resize(image, (image_size, image_size))[None]
+        squares.insert(0 if layout.thumbnail == "first" else 1, whole)
+    return torch.cat(squares)  # [n, 3, h, w]
 
 
 def _best_pinpoint(

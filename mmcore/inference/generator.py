@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmcore import distributed, host
+from mmcore.data.batch import join_image_sources
 from mmcore.models.llava import LlavaModel
 
 from megatron.core import parallel_state  # isort: skip  (after mmcore.host, which mends it)
@@ -23,6 +24,7 @@ class Prompt:
     tokens: list[int]
     """Placeholders of image embeddings included."""
     images: Tensor  # uint8 [n, 3, h, w]
+    image_sources: Tensor | None = None  # int64 [e]; feature of `images` that each place takes, -1 the newline
 
 
 def generate(
@@ -70,10 +72,13 @@ def _generate_batch(model: LlavaModel, batch: Sequence[Prompt], end_id: int, max
     device = host.device()
     tokens = torch.tensor([prompt.tokens for prompt in batch], device=device)  # [b, s]
     images = torch.cat([prompt.images for prompt in batch]).to(device) if model.pre_process else None
+    num_features = [len(prompt.images) * model.num_image_embeddings for prompt in batch]
+    sources = join_image_sources([prompt.image_sources for prompt in batch], num_features)
+    sources = None if sources is None else sources.to(device)
     context = StaticInferenceContext(len(batch), tokens.shape[1] + max_new_tokens)
     new = torch.empty(len(batch), 0, dtype=torch.long, device=device)
     while True:
-        next_tokens = _forward(model, tokens, images, context)  # [b]
+        next_tokens = _forward(model, tokens, images, sources, context)  # [b]
         new = torch.cat([new, next_tokens[:, None]], dim=1)
         if new.shape[1] == max_new_tokens or bool((new == end_id).any(dim=1).all()):
             break
@@ -82,7 +87,13 @@ def _generate_batch(model: LlavaModel, batch: Sequence[Prompt], end_id: int, max
     return [row[: row.index(end_id)] if end_id in row else row for row in rows]
 
 
-def _forward(model: LlavaModel, tokens: Tensor, images: Tensor | None, context: StaticInferenceContext) -> Tensor:
+def _forward(
+    model: LlavaModel,
+    tokens: Tensor,
+    images: Tensor | None,
+    sources: Tensor | None,
+    context: StaticInferenceContext,
+) -> Tensor:
     """Run new tokens [b, s] through all stages; the most probable next ones [b] on every rank."""
     group = parallel_state.get_pipeline_model_parallel_group()
     b, s = tokens.shape
@@ -91,7 +102,7 @@ def _forward(model: LlavaModel, tokens: Tensor, images: Tensor | None, context: 
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
         model.set_input_tensor([hidden])
     last = torch.arange(1, b + 1, device=tokens.device) * s - 1  # position of each row's last token in [b * s]
-    output = model(tokens, images, positions=last, inference_context=context)
+    output = model(tokens, images, image_sources=sources, positions=last, inference_context=context)
     context.sequence_len_offset += s
     context.enable_decode_mode()
     if model.post_process:

@@ -4,7 +4,7 @@ Imports no torch: converters, the command line and the planner read it in millis
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,49 @@ class ProjectorArch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PictureArch:
+    """How a picture becomes the squares that the vision tower sees, and a sequence of their features."""
+
+    mode: Literal["crop", "pad", "squash"] = "crop"
+    """What becomes of a picture that is not square: its middle (CLIP), a margin of the mean colour (LLaVA-1.5),
+    or other proportions (SigLIP; always, where the whole picture is seen beside its tiles)."""
+    tiling: Literal["none", "anyres", "dynamic"] = "none"
+    """Whether a picture is cut into several squares: never, as LLaVA-NeXT does, or as InternVL and NVLM."""
+    grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    """anyres: height and width in pixels that the tiles may cover together; earlier ones win ties."""
+    max_num_tiles: int = 0
+    """dynamic: most tiles of a picture, the whole picture beside them not counted."""
+    tile_tags: bool = False
+    """dynamic: whether text before each tile tells which it is, as NVLM's <tile_1>."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", ("crop", "pad", "squash")), ("tiling", ("none", "anyres", "dynamic"))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"image {name} {value!r} is none of {', '.join(known)}")
+        if self.tiling != "none" and self.mode != "squash":
+            raise ValueError(
+                f"image mode {self.mode!r} with tiling {self.tiling!r}: the whole picture beside its tiles is always "
+                "squashed, give no other mode"
+            )
+        is_fitting = {
+            "none": not self.grid_pinpoints and not self.max_num_tiles and not self.tile_tags,
+            "anyres": bool(self.grid_pinpoints) and not self.max_num_tiles and not self.tile_tags,
+            "dynamic": not self.grid_pinpoints and self.max_num_tiles > 0,
+        }
+        if not is_fitting[self.tiling]:
+            raise ValueError(
+                f"tiling {self.tiling!r} with grid pinpoints {self.grid_pinpoints}, max_num_tiles "
+                f"{self.max_num_tiles}, tile_tags {self.tile_tags}: anyres takes grid pinpoints and nothing else, "
+                "dynamic a positive max_num_tiles and tags, none takes nothing"
+            )
+
+    @property
+    def has_newline(self) -> bool:
+        """Whether a learned embedding ends each row of tiles."""
+        return self.tiling == "anyres"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RotaryScaling:
     """How rotary frequencies are stretched for sequences longer than those of the pretraining."""
 
@@ -168,10 +211,49 @@ class Architecture:
     image_token_id: int | None = None
     """Token that stands for one image embedding: no text can make it, for it lies outside the tokenizer
     or is one of its control tokens."""
+    pictures: PictureArch = PictureArch()
     conversation: str = "mistral_instruct"
     """Template of mmcore.data.templates that the language model was tuned with."""
     sources: tuple[dict[str, str], ...] = ()
     """Files the weights came from: {"file": name, "sha256": hash}."""
+
+    def __post_init__(self) -> None:
+        vision = self.vision
+        if vision is None or not self.pictures.has_newline:
+            return
+        side = vision.image_size
+        for pinpoint in self.pictures.grid_pinpoints:
+            if len(pinpoint) != 2 or any(length < side or length % side for length in pinpoint):
+                raise ValueError(
+                    f"the grid pinpoint {'x'.join(map(str, pinpoint))} is not made of whole squares of {side} pixels, "
+                    "which are what the vision tower sees"
+                )
+        if vision.num_image_embeddings != vision.num_patches:
+            raise ValueError("anyres needs a vision tower without its class token (drop_class_token)")
+
+    def picture_options(self) -> dict[str, Any]:
+        """Arguments of `mmcore.data.pictures.Pictures`, which makes of a picture what this model sees."""
+        vision = self.vision
+        assert vision is not None and self.image_token_id is not None
+        return {
+            **asdict(self.pictures),
+            "image_token_id": self.image_token_id,
+            "image_size": vision.image_size,
+            "num_square_embeddings": vision.num_image_embeddings,
+            # As LLaVA's expand2square and transformers' LlavaImageProcessor round it.
+            "background": tuple(int(255 * mean) for mean in vision.image_mean),
+        }
+
+
+def with_image_mode(architecture: Architecture, mode: Literal["", "crop", "pad", "squash"]) -> Architecture:
+    """The same with another mode, which needs no other weights; the same if it is empty.
+
+    Raises:
+        ValueError: there is no such mode, or pictures are cut into tiles.
+    """
+    if not mode:
+        return architecture
+    return replace(architecture, pictures=replace(architecture.pictures, mode=mode))
 
 
 def newest(folder: Path) -> Path:
@@ -266,7 +348,12 @@ def load_architecture(folder: Path) -> Architecture:
             f"{path} is not a model description of this version (format {FORMAT}; its format is {found}): convert the "
             "weights again"
         )
-    parts = {"vision": VisionArch, "vision_projection": ProjectorArch, "language": LanguageArch}
+    parts = {
+        "vision": VisionArch,
+        "vision_projection": ProjectorArch,
+        "language": LanguageArch,
+        "pictures": PictureArch,
+    }
     try:
         for name, kind in parts.items():
             if content.get(name) is not None:
@@ -280,4 +367,4 @@ def _value(key: str, value: Any) -> Any:
     """JSON has neither tuples nor our types."""
     if key == "rotary_scaling" and value is not None:
         return RotaryScaling(**value)
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_value("", item) for item in value) if isinstance(value, list) else value

@@ -1,6 +1,7 @@
 """The whole model: vision tower, projector and language model, on one pipeline stage or many."""
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mmcore.models.architecture import Architecture
 from mmcore.models.language import LanguageModel, language_config
 from mmcore.models.projector import build_projector
 from mmcore.models.specs import resolve_backend
-from mmcore.models.splice import splice
+from mmcore.models.splice import arrange, splice, take_part
 from mmcore.models.vision import VisionModel, vision_config
 
 # What builds a vision tower, by its architecture's model_subtype.
@@ -47,6 +48,7 @@ class LlavaModel(MegatronModule):
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # mcore's schedules ask for it
         self.architecture, self.image_token_id = architecture, architecture.image_token_id
+        self.num_image_embeddings = architecture.vision.num_image_embeddings
         self.pre_process = parallel_state.is_pipeline_first_stage()
         self.post_process = parallel_state.is_pipeline_last_stage()
         if self.pre_process:
@@ -78,6 +80,7 @@ class LlavaModel(MegatronModule):
         tokens: Tensor,
         images: Tensor | None = None,
         *,
+        image_sources: Tensor | None = None,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -89,6 +92,8 @@ class LlavaModel(MegatronModule):
         Args:
             tokens: int64 [b, s]; `image_token_id` once for every image embedding.
             images: uint8 [n, 3, h, w] in the order of their places, or None where there are none.
+            image_sources: int64 [e], which of all images' features each place takes, -1 the newline; every
+                feature in order if None.
             labels, positions, attention_mask, inference_context: as `LanguageModel.forward`.
         Returns:
             As `LanguageModel.forward`.
@@ -103,8 +108,10 @@ class LlavaModel(MegatronModule):
                 input_ids=tokens.masked_fill(is_image, 0), position_ids=None
             )  # [s, b, h]
             if images is not None and len(images):
-                embeddings = self.vision_projection(self.vision_model(images))  # [n, i, h]
-                decoder_input = splice(decoder_input, embeddings, is_image)
+                decoder_input = splice(decoder_input, self.embedded(images, image_sources), is_image)
+            else:
+                unused = chain(self.vision_model.parameters(), self.vision_projection.parameters())
+                decoder_input = take_part(decoder_input, unused)
         return self.language_model(
             decoder_input,
             labels=labels,
@@ -113,6 +120,13 @@ class LlavaModel(MegatronModule):
             inference_context=inference_context,
             packed_seq_params=packed_seq_params,
         )
+
+    def embedded(self, images: Tensor, image_sources: Tensor | None) -> Tensor:
+        """Embeddings [e, h] of images in the order of their places; arguments as `forward`."""
+        features = self.vision_projection(self.vision_model(images))  # [n, i, h]
+        if image_sources is None:
+            return features.flatten(0, 1)
+        return arrange(features, self.vision_projection.image_newline, image_sources)
 
 
 def base_config(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

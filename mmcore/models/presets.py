@@ -13,6 +13,7 @@ from mmcore.constants import MODEL_FILE, SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
 from mmcore.models.architecture import (
     Architecture,
     LanguageArch,
+    PictureArch,
     ProjectorArch,
     RotaryScaling,
     VisionArch,
@@ -137,11 +138,16 @@ PROJECTOR = {
 }
 
 
+def default_pictures(vision: VisionArch) -> PictureArch:
+    """Pictures as the vision tower saw them when it was trained."""
+    return PictureArch(mode="squash" if vision.model_subtype == "siglip" else "crop")
+
+
 def compose(vision: VisionArch, language: LanguageArch, projector: ProjectorArch, **rest: Any) -> Architecture:
     """Join the parts; the image token is the first id that the tokenizer does not have."""
-    return Architecture(
-        vision=vision, vision_projection=projector, language=language, image_token_id=language.vocab_size, **rest
-    )
+    parts = {"vision": vision, "vision_projection": projector, "language": language}
+    known = {"image_token_id": language.vocab_size, "pictures": default_pictures(vision)}
+    return Architecture(**{**parts, **known, **rest})
 
 
 def preset(table: dict[str, Any], name: str, option: str) -> Any:

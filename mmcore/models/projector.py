@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -10,7 +11,7 @@ from mmcore.models.specs import ACTIVATIONS, Backend, mlp_submodules
 
 
 def build_projector(architecture: Architecture, backend: Backend, **base: Any) -> MultimodalProjector:
-    """Features [n, i, vision hidden] -> embeddings [n, i, language hidden]."""
+    """Features [n, i, vision hidden] -> embeddings [n, i, language hidden]; with anyres also `image_newline` [h]."""
     arch, vision, language = architecture.vision_projection, architecture.vision, architecture.language
     assert arch is not None and vision is not None and language is not None
     config = TransformerConfig(
@@ -29,4 +30,8 @@ def build_projector(architecture: Architecture, backend: Backend, **base: Any) -
     projector = MultimodalProjector(config, linears, arch.projector_type, vision.hidden_size)
     if is_affine:
         projector.encoder.skip_bias_add = False  # mcore would add a rank's share of the bias to the whole
+    if architecture.pictures.has_newline:
+        # As LLaVA begins it; a part of the projector, with which it is trained, frozen and stored.
+        newline = torch.randn(language.hidden_size, dtype=config.params_dtype) / language.hidden_size**0.5  # [h]
+        projector.image_newline = torch.nn.Parameter(newline)
     return projector

@@ -13,6 +13,8 @@ from mmcore.config import RunConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.batch import Batch
 from mmcore.data.loader import build_train_loader
+from mmcore.data.pictures import Pictures
+from mmcore.data.stream import Count
 from mmcore.data.tokenizer import load_tokenizer
 from mmcore.models.architecture import Architecture, checkpoints, newest
 from mmcore.models.llava import LlavaModel, base_config
@@ -63,12 +65,12 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         # All of a step's batches are dealt out first: under pipeline parallelism a stage that waits for
         # the one before it cannot take part in handing out a batch.
         dealt = [next(batches) for _ in range(num_microbatches)]
-        result = train_step(ddp, optimizer, scheduler, iter(dealt), num_microbatches)
+        result = train_step(ddp, optimizer, scheduler, dealt)
         step += 1
-        state["consumed_samples"] += config.train.global_batch_size
-        state["consumed_tokens"] += result.num_tokens
+        state["consumed_samples"] += result.total.num_samples
+        state["consumed_tokens"] += result.total.num_tokens
         if metrics:
-            metrics.report(step, result, lr, batches.skipped, batches.cut)
+            metrics.report(step, result, lr, batches.counts())
         if step % config.checkpoint.save_interval == 0 or step == config.train.steps:
             saved = ckpt.save_checkpoint(
                 run,
@@ -93,37 +95,28 @@ class Batches(Iterator[Batch]):
     """Micro batches of this rank's replica: its data source reads them, the others receive them."""
 
     def __init__(self, config: RunConfig, architecture: Architecture, source: Path, *, resumed: bool) -> None:
-        assert architecture.vision is not None and architecture.image_token_id is not None
         self.loader: Any = None
         if not distributed.is_data_source():
             return
-        rank = distributed.data_parallel_rank()
         self.loader = build_train_loader(
             config.data,
             tokenizer=load_tokenizer(source / TOKENIZER_DIR),
             conversation=architecture.conversation,
-            num_image_embeddings=architecture.vision.num_image_embeddings,
-            image_token_id=architecture.image_token_id,
-            image_size=architecture.vision.image_size,
+            pictures=Pictures(**architecture.picture_options()),
             micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=rank,
+            data_parallel_rank=distributed.data_parallel_rank(),
             data_parallel_size=distributed.data_parallel_size(),
             seed=config.train.seed,
+            states=ckpt.loader_states(source) if resumed else (),
         )
-        if resumed:
-            self.loader.load_state_dict(ckpt.loader_file(source, rank).read_bytes())
         self.iterator = iter(self.loader)
 
     def __next__(self) -> Batch:
         return distributed.broadcast_in_replica(next(self.iterator) if self.loader else None)
 
-    @property
-    def skipped(self) -> int:
-        return self.loader.skipped if self.loader else 0
-
-    @property
-    def cut(self) -> int:
-        return self.loader.cut if self.loader else 0
+    def counts(self) -> dict[str, Count]:
+        """Of each source, what this rank's loader has read so far."""
+        return self.loader.counts() if self.loader else {}
 
     def state(self) -> bytes | None:
         return self.loader.state_dict() if self.loader else None

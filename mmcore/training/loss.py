@@ -1,5 +1,8 @@
 """The loss of a step: the sum over its trained tokens, divided once by their number."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -9,26 +12,49 @@ from mmcore import host
 from mmcore.data.batch import Batch
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a step, or one source of its data, came to."""
+
+    loss: float
+    """Mean over its trained tokens; 0 where there are none."""
+    num_tokens: int
+    """That were trained."""
+    num_samples: int
+
+    @classmethod
+    def from_sums(cls, loss: float, num_tokens: float, num_samples: float) -> "Share":
+        return cls(loss=loss / max(num_tokens, 1), num_tokens=int(num_tokens), num_samples=int(num_samples))
+
+
 def token_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mcore's contract under `calculate_per_token_loss`.
 
     Args:
         losses: float32 [t], at `batch.loss_positions`.
     Returns:
-        Sum to differentiate, token count (int32), and both together as float32 [2] for the log.
+        Sum to differentiate, token count (int32), and for the log float64 [num_sources, 3]: of each
+        source its sum, its tokens and its samples.
     """
-    total = (losses * batch.loss_mask.flatten()[batch.loss_positions]).sum()
+    losses = losses * batch.loss_mask.flatten()[batch.loss_positions]
     count = torch.tensor(len(batch.loss_positions), dtype=torch.int, device=losses.device)
-    return total, count, torch.stack([total.detach(), count.to(total.dtype)])
+    sample = torch.searchsorted(batch.cu_seqlens.long(), batch.loss_positions, right=True) - 1  # int64 [t]
+    token_sources = batch.sources[sample]
+    sums = torch.zeros(3, batch.num_sources, dtype=torch.float64, device=losses.device)
+    sums[0].index_add_(0, token_sources, losses.detach().double())
+    sums[1].index_add_(0, token_sources, torch.ones_like(token_sources, dtype=torch.float64))
+    sums[2].index_add_(0, batch.sources, torch.ones_like(batch.sources, dtype=torch.float64))
+    return losses.sum(), count, sums.T.contiguous()
 
 
-def step_mean(sums: list[Tensor]) -> tuple[float, int]:
-    """Loss of a whole step and its trained tokens, the same on every rank.
+def step_shares(sums: Sequence[Tensor], num_sources: int) -> tuple[Share, list[Share]]:
+    """A whole step, and each source's share of it, the same on every rank.
 
     Args:
-        sums: float32 [2] of each micro batch on the last pipeline stage; empty on the others.
+        sums: float64 [num_sources, 3] of each micro batch on the last pipeline stage; empty on the others.
     """
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(2, device=host.device())
+    total = torch.stack(list(sums)).sum(0) if sums else torch.zeros(num_sources, 3, dtype=torch.float64)
+    total = total.to(host.device())
     if parallel_state.is_pipeline_last_stage():
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     dist.broadcast(
@@ -36,5 +62,4 @@ def step_mean(sums: list[Tensor]) -> tuple[float, int]:
         parallel_state.get_pipeline_model_parallel_last_rank(),
         parallel_state.get_pipeline_model_parallel_group(),
     )
-    loss, count = total.tolist()
-    return loss / max(count, 1), int(count)
+    return Share.from_sums(*total.sum(0).tolist()), [Share.from_sums(*row) for row in total.tolist()]

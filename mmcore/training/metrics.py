@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmcore.config import RunConfig
+from mmcore.data.stream import Count
 from mmcore.training.step import StepResult
 
 
@@ -29,6 +31,7 @@ class Metrics:
         self._keep_until(first_step)
         self.file = self.log.open("a", buffering=1)
         self.started = self.last = time.monotonic()
+        self.samples = 0
         self.writer: Any = None
         if config.logging.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
@@ -53,41 +56,57 @@ class Metrics:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             self.log.write_text("".join(line + "\n" for line in kept))
 
-    def report(self, step: int, result: StepResult, lr: float, skipped: int, cut: int) -> None:
+    def report(self, step: int, result: StepResult, lr: float, counts: Mapping[str, Count]) -> None:
         """Tell one step.
 
         Args:
             step: the step just done, from 1.
-            skipped: samples that this rank's loader could not use so far.
-            cut: samples so far that were longer than seq_length.
+            counts: of each source, what this rank's loader has read so far.
         """
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        samples_per_s = self.config.train.global_batch_size / seconds
-        row = {
+        total = result.total
+        self.samples += total.num_samples
+        skipped, cut = sum(count.skipped for count in counts.values()), sum(count.cut for count in counts.values())
+        row: dict[str, Any] = {
             "step": step,
-            **asdict(result),
+            **asdict(total),
+            "grad_norm": result.grad_norm,
             "lr": lr,
             "seconds": round(seconds, 4),
-            "samples_per_s": round(samples_per_s, 2),
-            "trained_tokens_per_s": round(result.num_tokens / seconds, 1),
+            "samples_per_s": round(total.num_samples / seconds, 2),
+            "trained_tokens_per_s": round(total.num_tokens / seconds, 1),
             "skipped": skipped,
             "cut": cut,
         }
+        if len(counts) > 1:
+            row["sources"] = {
+                name: {**asdict(share), "skipped": count.skipped, "cut": count.cut}
+                for (name, count), share in zip(counts.items(), result.sources, strict=True)
+            }
         self.file.write(json.dumps(row) + "\n")
         if self.writer:
-            for name, value in row.items():
-                self.writer.add_scalar(name, value, step)
-        self.bar.update(self.task, completed=step, description=f"loss {result.loss:.4f}")
+            self._draw(step, row)
+        self.bar.update(self.task, completed=step, description=f"loss {total.loss:.4f}")
         if step % self.config.logging.log_interval == 0 or step in (self.first_step + 1, self.config.train.steps):
             mean = (now - self.started) / (step - self.first_step)
             left = timedelta(seconds=round(mean * (self.config.train.steps - step)))
             note = "".join(f" | {name} {count}" for name, count in (("skipped", skipped), ("cut", cut)) if count)
-            rate = self.config.train.global_batch_size / mean
+            rate = self.samples / (now - self.started)
             self.say(
-                f"step {step:>6}/{self.config.train.steps} | loss {result.loss:.4f} | "
+                f"step {step:>6}/{self.config.train.steps} | loss {total.loss:.4f} | "
                 f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {rate:.1f} samples/s | left {left}{note}"
             )
+
+    def _draw(self, step: int, row: dict[str, Any]) -> None:
+        """Give a step's numbers to TensorBoard; a source's loss only where it had a part in the step."""
+        for name, value in row.items():
+            if name != "sources":
+                self.writer.add_scalar(name, value, step)
+        for source, share in row.get("sources", {}).items():
+            for name, value in share.items():
+                if name != "loss" or share["num_tokens"]:
+                    self.writer.add_scalar(f"{name}/{source}", value, step)
 
     def say(self, text: str) -> None:
         """Tell something else."""

@@ -1,6 +1,6 @@
 """One optimizer step over the micro batches of every replica and stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,16 +11,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mmcore.data.batch import Batch
-from mmcore.training.loss import step_mean, token_loss
+from mmcore.training.loss import Share, step_shares, token_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step did, the same on every rank."""
 
-    loss: float
-    num_tokens: int
-    """Trained tokens of the global batch."""
+    total: Share
+    sources: list[Share]
+    """Of each source of the data, in the loader's order."""
     grad_norm: float
     """Before clipping."""
 
@@ -31,6 +31,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     output = model(
         batch.tokens,
         batch.images,
+        image_sources=batch.image_sources,
         labels=batch.labels,
         positions=batch.loss_positions,
         packed_seq_params=packed_seq_params(batch),
@@ -50,12 +51,12 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams:
 
 
 def train_step(
-    model: DistributedDataParallel, optimizer: Any, scheduler: Any, batches: Iterator[Batch], num_microbatches: int
+    model: DistributedDataParallel, optimizer: Any, scheduler: Any, batches: Sequence[Batch]
 ) -> StepResult:
     """Forward, backward, reduce, update.
 
     Args:
-        batches: gives `num_microbatches` batches; on every rank of a replica the same ones.
+        batches: of this replica; on every rank of it the same ones.
     Raises:
         FloatingPointError: the gradient is not finite; the weights are not to be kept.
     """
@@ -63,16 +64,16 @@ def train_step(
     optimizer.zero_grad()
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=batches,
+        data_iterator=iter(batches),
         model=[model],
-        num_microbatches=num_microbatches,
+        num_microbatches=len(batches),
         # Micro batches tell their own shapes (variable_seq_lengths); mcore wants the arguments all the same.
         seq_length=1,
         micro_batch_size=1,
     )
-    loss, num_tokens = step_mean(sums)
+    total, sources = step_shares(sums, batches[0].num_sources)
     updated, grad_norm, _ = optimizer.step()
     if not updated or not grad_norm < float("inf"):
-        raise FloatingPointError(f"the gradient is not finite (norm {grad_norm}, loss {loss})")
+        raise FloatingPointError(f"the gradient is not finite (norm {grad_norm}, loss {total.loss})")
     scheduler.step(increment=1)
-    return StepResult(loss=loss, num_tokens=num_tokens, grad_norm=float(grad_norm))
+    return StepResult(total=total, sources=sources, grad_norm=float(grad_norm))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmcore.config import DataConfig
 from mmcore.data.loader import Loader, build_train_loader
+from mmcore.data.pictures import Pictures
 from mmcore.data.shards import ShardWriter
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -60,14 +61,18 @@ def write_shards(output: Path, count: int, *, broken: frozenset[int] = frozenset
     return output
 
 
+def pictures(image_token_id: int, **changes: Any) -> Pictures:
+    """Of a model that sees squares of 16 pixels in 4 patches."""
+    arguments = {"image_size": 16, "num_square_embeddings": NUM_IMAGE_EMBEDDINGS, "background": (1, 2, 3)}
+    return Pictures(image_token_id=image_token_id, **{**arguments, **changes})
+
+
 def loader(path: Path, tokenizer: Tokenizer, *, data: dict[str, Any] | None = None, **changes: Any) -> Loader:
     """A loader of one rank without workers, unless told otherwise."""
     config = DataConfig(path=str(path), seq_length=64, num_workers=0, shuffle_buffer_size=16)
     arguments = {
         "conversation": "mistral_instruct",
-        "num_image_embeddings": NUM_IMAGE_EMBEDDINGS,
-        "image_token_id": tokenizer.vocab_size,
-        "image_size": 16,
+        "pictures": pictures(tokenizer.vocab_size),
         "micro_batch_size": 4,
         "data_parallel_rank": 0,
         "data_parallel_size": 1,

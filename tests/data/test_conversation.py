@@ -16,8 +16,13 @@ from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 DATA = Path(mistral_common.__file__).parent / "data"
 V3 = DATA / "mistral_instruct_tokenizer_240323.model.v3"
 IMAGE = 32768
-SIZES: dict[str, Any] = {"num_image_embeddings": 3, "image_token_id": IMAGE}
 PICTURE = [IMAGE] * 3
+
+
+def sizes(num_images: int) -> dict[str, Any]:
+    return {"pictures": [PICTURE] * num_images, "image_token_id": IMAGE}
+
+
 
 TALKS = [
     ["What is it?", "A cat."],
@@ -50,9 +55,9 @@ def mistral(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return load_tokenizer(folder), official(SentencePieceTokenizer(str(DATA / file))), template
 
 
-def turns(*texts: str, system: str = "") -> list[Turn]:
+def turns(*texts: str, system: str | None = None) -> list[Turn]:
     talk = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
-    return ([Turn("system", system)] if system else []) + talk
+    return ([] if system is None else [Turn("system", system)]) + talk
 
 
 def whole(encoded: Any) -> list[int]:
@@ -64,13 +69,13 @@ def trained(encoded: Any) -> list[int]:
     return [label for label, weight in zip(encoded.labels, encoded.loss_mask, strict=True) if weight]
 
 
-@pytest.mark.parametrize("system", ["", "Be [INST] brief."])
+@pytest.mark.parametrize("system", [None, "", "Be [INST] brief."])
 @pytest.mark.parametrize("texts", TALKS)
-def test_mistral_has_the_official_ids(mistral: Any, texts: list[str], system: str) -> None:
+def test_mistral_has_the_official_ids(mistral: Any, texts: list[str], system: str | None) -> None:
     tokenizer, official, template = mistral
     messages = [(AssistantMessage if index % 2 else UserMessage)(content=text) for index, text in enumerate(texts)]
-    request: Any = InstructRequest(messages=messages, system_prompt=system or None)
-    encoded = encode_conversation(turns(*texts, system=system), tokenizer, template, **SIZES)
+    request: Any = InstructRequest(messages=messages, system_prompt=system)
+    encoded = encode_conversation(turns(*texts, system=system), tokenizer, template, **sizes(0))
     assert whole(encoded) == official.encode_instruct(request).tokens
 
 
@@ -78,12 +83,12 @@ def test_mistral_has_the_official_ids(mistral: Any, texts: list[str], system: st
 def test_a_prompt_has_the_official_ids(mistral: Any, texts: list[str]) -> None:
     tokenizer, official, template = mistral
     request: Any = InstructRequest(messages=[UserMessage(content=texts[0])])
-    ids = encode_prompt(texts[0], tokenizer, template, **SIZES, num_images=0)
+    ids = encode_prompt(texts[0], tokenizer, template, **sizes(0))
     assert ids == official.encode_instruct(request).tokens
 
 
 def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer) -> None:
-    encoded = encode_conversation(turns("Q", "A cat.", "R", "Two."), tokenizer, "mistral_instruct", **SIZES)
+    encoded = encode_conversation(turns("Q", "A cat.", "R", "Two."), tokenizer, "mistral_instruct", **sizes(0))
     assert trained(encoded) == [*tokenizer.encode("A cat."), 2, *tokenizer.encode("Two."), 2]
     assert encoded.tokens[1:] == [
         label if weight else token
@@ -104,23 +109,23 @@ def test_only_answers_and_their_ends_are_trained(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_a_picture_stands_where_its_tag_is(tokenizer: Tokenizer, question: str, before: str, after: str) -> None:
-    encoded = encode_conversation(turns(question, "A"), tokenizer, "mistral_instruct", **SIZES)
+    encoded = encode_conversation(turns(question, "A"), tokenizer, "mistral_instruct", **sizes(1))
     inside = [*tokenizer.encode(before), *PICTURE, *tokenizer.encode(after)]
     assert whole(encoded) == [1, 3, *inside, 4, *tokenizer.encode("A"), 2]
     assert encoded.num_images == 1
 
 
 def test_a_system_text_stands_before_the_picture(tokenizer: Tokenizer) -> None:
-    encoded = encode_conversation(turns("<image>\nQ", "A", system="S"), tokenizer, "mistral_instruct", **SIZES)
+    encoded = encode_conversation(turns("<image>\nQ", "A", system="S"), tokenizer, "mistral_instruct", **sizes(1))
     question = [*tokenizer.encode("S\n\n"), *PICTURE, *tokenizer.encode("Q")]
     assert whole(encoded) == [1, 3, *question, 4, *tokenizer.encode("A"), 2]
 
 
 def test_plain_is_the_picture_and_the_last_answer(tokenizer: Tokenizer) -> None:
-    encoded = encode_conversation(turns("<image>\nDescribe it.", "A cat."), tokenizer, "plain", **SIZES)
+    encoded = encode_conversation(turns("<image>\nDescribe it.", "A cat."), tokenizer, "plain", **sizes(1))
     assert whole(encoded) == [1, *PICTURE, *tokenizer.encode("A cat."), 2]
     assert trained(encoded) == [*tokenizer.encode("A cat."), 2]
-    two = encode_conversation(turns("<image>\nDescribe it.", "No.", "Do!", "A cat."), tokenizer, "plain", **SIZES)
+    two = encode_conversation(turns("<image>\nDescribe it.", "No.", "Do!", "A cat."), tokenizer, "plain", **sizes(1))
     assert two == encoded
 
 
@@ -135,7 +140,7 @@ def test_plain_is_the_picture_and_the_last_answer(tokenizer: Tokenizer) -> None:
 def test_a_document_is_trained_but_for_its_pictures(
     tokenizer: Tokenizer, text: str, pieces: list[str | None], num_images: int
 ) -> None:
-    encoded = encode_document(text, tokenizer, **SIZES)
+    encoded = encode_document(text, tokenizer, **sizes(num_images))
     ids = [1] + [id for piece in pieces for id in (PICTURE if piece is None else tokenizer.encode(piece))] + [2]
     assert encoded.tokens == ids[:-1] and encoded.num_images == num_images
     assert encoded.labels == [0 if id == IMAGE else id for id in ids[1:]]
@@ -143,25 +148,25 @@ def test_a_document_is_trained_but_for_its_pictures(
 
 
 def test_a_long_document_is_cut(tokenizer: Tokenizer) -> None:
-    whole_text = encode_document("A <image> cat", tokenizer, **SIZES)
+    whole_text = encode_document("A <image> cat", tokenizer, **sizes(1))
     first = whole_text.tokens.index(IMAGE)
-    cut = encode_document("A <image> cat", tokenizer, **SIZES, seq_length=first + 3)
+    cut = encode_document("A <image> cat", tokenizer, **sizes(1), seq_length=first + 3)
     assert cut.tokens == whole_text.tokens[: first + 3] and cut.labels == whole_text.labels[: first + 3]
     assert cut.was_cut and cut.num_images == 1 and not whole_text.was_cut
     with pytest.raises(ValueError, match="cuts through a picture"):
-        encode_document("A <image> cat", tokenizer, **SIZES, seq_length=first + 2)
+        encode_document("A <image> cat", tokenizer, **sizes(1), seq_length=first + 2)
     with pytest.raises(ValueError, match="nothing to train in the first 1 of"):
-        encode_document("<image> cat", tokenizer, **SIZES, seq_length=1)
+        encode_document("<image> cat", tokenizer, **sizes(1), seq_length=1)
 
 
 def test_a_cut_keeps_pictures_whole(tokenizer: Tokenizer) -> None:
     talk = turns("<image>\nQ", "A", "<image>\nQ", "A")
-    full = encode_conversation(talk, tokenizer, "mistral_instruct", **SIZES)
+    full = encode_conversation(talk, tokenizer, "mistral_instruct", **sizes(2))
     assert len(full.tokens) == 16 and full.num_images == 2
     results: dict[int, Any] = {}
     for length in range(1, 18):
         try:
-            results[length] = encode_conversation(talk, tokenizer, "mistral_instruct", **SIZES, seq_length=length)
+            results[length] = encode_conversation(talk, tokenizer, "mistral_instruct", **sizes(2), seq_length=length)
         except ValueError as error:
             results[length] = str(error)
     first, second = range(2, 5), range(10, 13)  # places of the pictures
@@ -178,9 +183,9 @@ def test_a_cut_keeps_pictures_whole(tokenizer: Tokenizer) -> None:
 
 def test_templates_and_control_tokens_are_checked(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"no conversation template 'plane', did you mean 'plain'\?"):
-        encode_conversation(turns("Q", "A"), tokenizer, "plane", **SIZES)
+        encode_conversation(turns("Q", "A"), tokenizer, "plane", **sizes(0))
     with pytest.raises(ValueError, match="2 <image> for 1 pictures"):
-        encode_prompt("<image><image>", tokenizer, "plain", **SIZES, num_images=1)
+        encode_prompt("<image><image>", tokenizer, "plain", **sizes(1))
 
 
 def test_ends_that_cannot_be_trained_are_dropped() -> None:

@@ -12,7 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
-from mmcore.data.image import EXTENSIONS, MAX_PIXELS, Mode, decode_image, picture_extension, preprocess
+from mmcore.data.image import EXTENSIONS, MAX_PIXELS, Mode, decode_image, picture_extension, picture_size, preprocess
 from tests.data.fabricated import picture
 
 
@@ -210,6 +210,18 @@ def test_cmyk_and_ycck() -> None:
     assert close(decode_image(bytes(data)), shown)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_the_size_is_in_the_header(kind: str) -> None:
+    """So half a file tells it, which cannot be decoded."""
+    data = encoded(Image.effect_noise((90, 60), 50).convert("RGB"), kind)
+    assert picture_size(data) == (90, 60)
+    if kind not in ("TIFF", "WEBP"):  # which have it, or more than half of theirs, at the end
+        half = data[: len(data) // 2]
+        assert picture_size(half) == (90, 60)
+        with pytest.raises(ValueError, match="broken"):
+            decode_image(half)
+
+
 def close(image: Image.Image, color: tuple[int, ...]) -> bool:
     """Whether a picture of one colour shows it, but for JPEG's rounding."""
     return all(abs(seen - meant) <= 2 for seen, meant in zip(image.getpixel((5, 5)), color, strict=True))
@@ -223,7 +235,9 @@ def test_a_turned_camera_is_turned_back(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
-    upright = decode_image(encoded(stored, kind, exif=exif, **options))
+    data = encoded(stored, kind, exif=exif, **options)
+    upright = decode_image(data)
+    assert picture_size(data) == upright.size
     first_row = ("top", "top", "bottom", "bottom", "left", "right", "right", "left")[orientation - 1]
     first_column = ("left", "right", "right", "left", "top", "top", "bottom", "bottom")[orientation - 1]
     assert upright.size == ((3, 2) if orientation < 5 else (2, 3))
@@ -239,7 +253,8 @@ def test_a_turned_camera_is_turned_back(orientation: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage!", b"abcd", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"])
 def test_broken_exif_does_not_spoil_a_picture(exif: bytes, kind: str) -> None:
-    assert decode_image(encoded(Image.new("RGB", (3, 2)), kind, exif=exif)).size == (3, 2)
+    data = encoded(Image.new("RGB", (3, 2)), kind, exif=exif)
+    assert decode_image(data).size == picture_size(data) == (3, 2)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])

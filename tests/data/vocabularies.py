@@ -34,10 +34,14 @@ def byte_level(folder: Path, special: list[str], **config: Any) -> Path:
     return _saved(folder, json.loads(model.to_str()), config)
 
 
-def spaced(folder: Path, special: list[str], **config: Any) -> Path:
-    """As LLaMA 2's, which SentencePiece made: every stretch of text begins with a space."""
+def spaced(folder: Path, special: list[str], *, begins_with_space: bool = True, **config: Any) -> Path:
+    """As LLaMA 2's, which SentencePiece made: every stretch of text begins with a space.
+
+    InternLM2's does not: in its prompts a line break is one token, behind a word and behind `<|im_end|>`.
+    """
     model = Tokenizer(models.BPE(unk_token=special[0]))
-    model.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    prepend = [normalizers.Prepend("\u2581")] if begins_with_space else []
+    model.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "\u2581")])
     model.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # only while it is trained
     model.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

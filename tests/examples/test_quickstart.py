@@ -159,7 +159,7 @@ class TestTowers:
                 read_turns(make_data.conversation(turns)),
                 tokenizer,
                 template,
-                num_image_embeddings=16,
+                pictures=[[384] * 16],
                 image_token_id=384,
             )
             first = encoded.tokens.index(384)

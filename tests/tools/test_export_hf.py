@@ -223,7 +223,7 @@ def train(layout: ParallelConfig, folder: Path) -> None:
     config = OptimizerConfig(lr_warmup_steps=2)
     optimizer = build_optimizer(config, ddp)
     batches = microbatches()
-    train_step(ddp, optimizer, build_scheduler(config, optimizer, 4), iter(batches), len(batches))
+    train_step(ddp, optimizer, build_scheduler(config, optimizer, 4), batches)
     save_checkpoint(
         folder,
         1,

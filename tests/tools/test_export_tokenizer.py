@@ -135,6 +135,11 @@ TALKS = {
 }
 
 
+def sizes(image_token_id: int, num_images: int, places: int = 4) -> dict[str, Any]:
+    """What training lays out of so many pictures."""
+    return {"pictures": [[image_token_id] * places] * num_images, "image_token_id": image_token_id}
+
+
 @pytest.mark.parametrize("as_list", [False, True])
 @pytest.mark.parametrize("system", ["", "Be brief.\n<image> "])
 @pytest.mark.parametrize("name", TALKS)
@@ -143,9 +148,8 @@ def test_conversations_have_the_ids_of_training(served: Any, name: str, system: 
     turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(TALKS[name])]
     if system:
         turns = [Turn("system", system.replace("<image>", "")), *turns]
-    encoded = encode_conversation(
-        turns, tokenizer, "mistral_instruct", num_image_embeddings=4, image_token_id=processor.image_token_id
-    )
+    num_images = sum(turn.text.count("<image>") for turn in turns)
+    encoded = encode_conversation(turns, tokenizer, "mistral_instruct", **sizes(processor.image_token_id, num_images))
     assert served_ids(processor, turns, as_list) == [*encoded.tokens, encoded.labels[-1]]
 
 
@@ -153,14 +157,8 @@ def test_conversations_have_the_ids_of_training(served: Any, name: str, system: 
 @pytest.mark.parametrize("question", ["<image>\nWhat is it?", "What is\n<image>", "What is it?"])
 def test_prompts_have_the_ids_of_training(served: Any, question: str, as_list: bool) -> None:
     tokenizer, processor = served
-    wanted = encode_prompt(
-        question,
-        tokenizer,
-        "mistral_instruct",
-        num_image_embeddings=4,
-        image_token_id=processor.image_token_id,
-        num_images=question.count("<image>"),
-    )
+    places = sizes(processor.image_token_id, question.count("<image>"))
+    wanted = encode_prompt(question, tokenizer, "mistral_instruct", **places)
     assert served_ids(processor, [Turn("user", question)], as_list, add_generation_prompt=True) == wanted
 
 
@@ -169,13 +167,13 @@ def test_plain_has_the_ids_of_training(tmp_path: Path) -> None:
     save_architecture(replace(load_architecture(model), conversation="plain"), model)
     export_hf.convert(export_hf.ExportConfig(input=model, output=tmp_path / "out"))
     tokenizer, processor = load_tokenizer(model / "tokenizer"), AutoProcessor.from_pretrained(tmp_path / "out")
-    sizes: dict[str, Any] = {"num_image_embeddings": 4, "image_token_id": processor.image_token_id}
+    places = sizes(processor.image_token_id, 1)
     turns = [Turn("user", "<image>\nDescribe it."), Turn("assistant", "A cat.")]
-    encoded = encode_conversation(turns, tokenizer, "plain", **sizes)
+    encoded = encode_conversation(turns, tokenizer, "plain", **places)
     for as_list in (False, True):
         assert served_ids(processor, turns, as_list) == [*encoded.tokens, encoded.labels[-1]]
         prompt = served_ids(processor, turns[:1], as_list, add_generation_prompt=True)
-        assert prompt == encode_prompt("<image>", tokenizer, "plain", **sizes, num_images=1)
+        assert prompt == encode_prompt("<image>", tokenizer, "plain", **places)
 
 
 V1 = DATA / "tokenizer.model.v1"
@@ -220,15 +218,16 @@ def test_every_family_has_the_ids_of_training(family: Any, name: str, system: st
     template, tokenizer, served = family
     texts = [text.lstrip("\n") if index % 2 else text for index, text in enumerate(TALKS[name])]
     turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(texts)]
-    sizes = {"num_image_embeddings": 1, "image_token_id": served.convert_tokens_to_ids("<image>")}
+    image_token_id = served.convert_tokens_to_ids("<image>")
+    first, whole = texts[0].count("<image>"), sum(text.count("<image>") for text in texts)
 
     def ids(turns: list[Turn], **options: Any) -> list[int]:
         return served.apply_chat_template(messages(turns, False), tokenize=True, return_dict=False, **options)
 
-    prompt = encode_prompt(texts[0], tokenizer, template, **sizes, num_images=texts[0].count("<image>"))
+    prompt = encode_prompt(texts[0], tokenizer, template, **sizes(image_token_id, first, places=1))
     assert ids(turns[:1], add_generation_prompt=True) == prompt
     talk = [Turn("system", system), *turns] if system else turns
-    encoded = encode_conversation(talk, tokenizer, template, **sizes)
+    encoded = encode_conversation(talk, tokenizer, template, **sizes(image_token_id, whole, places=1))
     after = tokenizer.encode("\n") if template in ("chatml", "internlm2") else []  # behind the last turn
     assert ids(talk) == [*encoded.tokens, encoded.labels[-1], *after]
 

@@ -37,8 +37,8 @@ def run(
     results = []
     for step in range(done + 1, done + steps + 1):
         batches = microbatches()
-        result = train_step(ddp, optimizer, scheduler, iter(batches), len(batches))
-        results += [result.loss, result.grad_norm]
+        result = train_step(ddp, optimizer, scheduler, batches)
+        results += [result.total.loss, result.grad_norm]
         if step == STEPS and not resume:
             rank = parallel_state.get_data_parallel_rank() if distributed.is_data_source() else None
             checkpoint.save_checkpoint(
@@ -78,7 +78,7 @@ def test_resumes_bit_for_bit(written: str, saved: Any) -> None:
         assert result == uninterrupted[2 * STEPS :]
     newest = checkpoints(folder)[-1]
     assert sorted(path.name for path in newest.glob("loader_*")) == [
-        f"loader_{rank:05d}.bin" for rank in range(2 if written == "dp2" else 1)
+        f"loader_{rank:05d}.json" for rank in range(2 if written == "dp2" else 1)
     ]
 
 

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mmcore.config import OptimizerConfig, ParallelConfig
-from mmcore.training.loss import step_mean
+from mmcore.training.loss import step_shares
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import forward_step, train_step
 from tests import ranks, tiny
@@ -49,7 +49,7 @@ def gradients(parallel: ParallelConfig) -> dict[str, Any]:
         seq_length=1,
         micro_batch_size=1,
     )
-    loss, num_tokens = step_mean(sums)
+    total, _ = step_shares(sums, 1)
     found = {}
     for name, parameter in tiny.global_parameters(model):
         gradient = getattr(parameter, "main_grad", None)
@@ -57,8 +57,8 @@ def gradients(parallel: ParallelConfig) -> dict[str, Any]:
         stride = getattr(parameter, "partition_stride", 1)
         found[name] = (None if gradient is None else gradient.clone(), cut, stride)
     return {
-        "loss": loss,
-        "num_tokens": num_tokens,
+        "loss": total.loss,
+        "num_tokens": total.num_tokens,
         "gradients": found,
         "tensor": parallel_state.get_tensor_model_parallel_rank(),
         "data": parallel_state.get_data_parallel_rank(),
@@ -122,8 +122,8 @@ def losses(parallel: ParallelConfig, freeze: tuple[str, ...], steps: int) -> lis
     results = []
     for _ in range(steps):
         batches = microbatches()
-        results.append(train_step(ddp, optimizer, scheduler, iter(batches), len(batches)))
-    return [value for result in results for value in (result.loss, result.grad_norm)]
+        results.append(train_step(ddp, optimizer, scheduler, batches))
+    return [value for result in results for value in (result.total.loss, result.grad_norm)]
 
 
 def bf16_losses(parallel: ParallelConfig) -> list[float]:
@@ -133,7 +133,7 @@ def bf16_losses(parallel: ParallelConfig) -> list[float]:
     optimizer = build_optimizer(OptimizerConfig(lr=2e-3), ddp)
     scheduler = build_scheduler(OptimizerConfig(lr=2e-3), optimizer, 10)
     assert all(group["params"][0].dtype == torch.float32 for group in optimizer.param_groups)  # the masters
-    return [train_step(ddp, optimizer, scheduler, iter(microbatches()), len(microbatches())).loss for _ in range(10)]
+    return [train_step(ddp, optimizer, scheduler, microbatches()).total.loss for _ in range(10)]
 
 
 def test_training_in_bf16() -> None:

@@ -123,7 +123,7 @@ _MISTRAL_INSTRUCT = """
 {%- set content = namespace(text='', system='', last=-1) -%}
 {%- for message in messages -%}
     CONTENT
-    {%- if message['role'] == 'system' -%}
+    {%- if message['role'] == 'system' and content.text -%}
         {%- set content.system = content.system + content.text + '\\n\\n' -%}
     {%- elif message['role'] == 'user' -%}
         {%- set content.last = loop.index0 -%}
