@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import tyro
 import yaml
 
 from mmcore.config import RunConfig, load_yaml, merge, nearest
-from mmcore.constants import EXIT_DONE
+from mmcore.constants import EXIT_DONE, EXIT_FAULT
 from mmcore.models.architecture import Architecture, check_layout, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
@@ -63,7 +64,7 @@ def check(config: RunConfig, world_size: int) -> Architecture:
     """
     if not config.data.path:
         raise ValueError("no data: give --data.path, an energon dataset that `mmcore prepare` wrote")
-    if not Path(config.data.path).exists():
+    if "://" not in config.data.path and not Path(config.data.path).exists():
         raise ValueError(f"--data.path {config.data.path} does not exist: write it with `mmcore prepare`")
     if not config.checkpoint.save:
         raise ValueError("no place to keep the run: give --checkpoint.save, a folder for its checkpoints and log")
@@ -93,7 +94,12 @@ def main(argv: list[str]) -> int:
         print(as_yaml(config), end="")
         return EXIT_DONE
     architecture = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    from mmcore.data.stream import TooManySkippedError
     from mmcore.training.loop import train
 
-    train(config, architecture)
+    try:
+        train(config, architecture)
+    except TooManySkippedError as error:
+        print(f"mmcore train: {error}", file=sys.stderr)
+        return EXIT_FAULT
     return EXIT_DONE

@@ -47,18 +47,21 @@ class RawSample(NamedTuple):
 class Shard:
     """One open tar file, read at the offsets of its index."""
 
+    _descriptor: int | None = None
+    _file: Any = None
+
     def __init__(self, path: EPath) -> None:
-        index = EPath(f"{path}.idx").read_bytes()
-        self.offsets = np.frombuffer(index, "<u8")
-        self._descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC) if path.is_local() else None
-        self._file = None if path.is_local() else path.open("rb")
+        self.offsets = np.frombuffer(EPath(f"{path}.idx").read_bytes(), "<u8")
+        if path.is_local():
+            self._descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
+        else:
+            self._file = path.open("rb")
 
     def read(self, index: int) -> bytes:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         if self._descriptor is not None:
             data = os.pread(self._descriptor, end - start, start)  # moves no position that forks would share
         else:
-            assert self._file is not None
             self._file.seek(start)
             data = self._file.read(end - start)
         if len(data) < end - start:
@@ -66,9 +69,9 @@ class Shard:
         return data
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
+        if self._descriptor is not None:
             os.close(self._descriptor)
-        elif getattr(self, "_file", None) is not None:
+        if self._file is not None:
             self._file.close()
 
 

@@ -22,7 +22,7 @@ from tests.data.fabricated import conversation, picture, write_tokenizer
 VOCAB_SIZE = 300
 WINDOW = 64
 
-ATTACK = "<script>document.title = 'owned'</script> \u202e \ud800"
+ATTACK = "<script>document.title = 'owned'</script> \u202e"
 
 
 def talk(question: str, answer: str) -> bytes:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def command(inputs: Path, run: Path, *options: object) -> list[str]:
     train = ["train", "quickstart_sft", "--model.checkpoint", inputs / "model", "--data.path", inputs / "data"]
     small = ["--checkpoint.save", run, "--checkpoint.save-interval", SAVED, "--train.steps", STEPS]
     small += ["--train.global-batch-size", 8, "--train.micro-batch-size", 4, "--optimizer.lr-warmup-steps", 2]
-    small += ["--parallel.tensor-model-parallel-size", 2, "--logging.log-interval", 1]
+    small += ["--parallel.tensor-model-parallel-size", 2, "--logging.log-interval", 1, "--data.num-streams", 2]
     return list(map(str, [*launch, *train, *small, *options]))
 
 
@@ -107,6 +108,7 @@ def test_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
     assert (run / "step_00000004").is_dir() and not (run / "step_00000008").exists()
+    other = shutil.copytree(run, tmp_path / "other")
 
     done = subprocess.run(command(inputs, run), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
@@ -116,3 +118,12 @@ def test_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
     # Once finished, starting it again changes nothing.
     done = subprocess.run(command(inputs, run), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0 and log(run) == whole
+
+    # On two replicas with loader workers instead of one cut in two: the same batches, rounded otherwise.
+    options = ["--parallel.tensor-model-parallel-size", 1, "--train.micro-batch-size", 4, "--data.num-workers", 2]
+    done = subprocess.run(
+        command(inputs, other, *options), env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    for row, expected in zip(log(other), whole, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
