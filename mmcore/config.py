@@ -99,9 +99,9 @@ class DataConfig:
     shuffle_buffer_size: int = 1000
     """Samples of a stream that are shuffled among each other, beyond the shuffling of blocks of 100; 0 keeps the
     order."""
-    packing_buffer_size: int = 0
-    """Samples that are looked at to fill rows of seq-length; batch sizes then count rows. 0 packs none: they count
-    samples."""
+    packing_buffer_size: int = 512
+    """Samples that are looked at to fill rows of seq-length, which batch sizes count then. 0 packs none: each sample is
+    a row."""
     max_skipped: float = 0.01
     """Largest fraction of a source's samples that may be skipped because they are broken, of each 1000 in a row."""
 
@@ -121,9 +121,9 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps of the whole run."""
     global_batch_size: int = 256
-    """Samples of one optimizer step, over all replicas."""
+    """Rows of one optimizer step, over all replicas; see data.packing-buffer-size."""
     micro_batch_size: int = 1
-    """Samples of one forward pass on one replica."""
+    """Rows of one forward pass on one replica."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations; the optimizer keeps fp32 masters."""
     seed: int = 1234

@@ -60,8 +60,8 @@ def quickstart_pretrain() -> RunConfig:
     """The alignment stage in miniature; runs on a laptop's CPU (examples/quickstart)."""
     return RunConfig(
         model=ModelConfig(freeze=("vision_model", "language_model")),
-        data=DataConfig(conversation="plain", seq_length=128, num_workers=0),
-        train=TrainConfig(steps=300, global_batch_size=32, micro_batch_size=32, precision="fp32"),
+        data=DataConfig(conversation="plain", seq_length=256, num_workers=0),
+        train=TrainConfig(steps=300, global_batch_size=4, micro_batch_size=4, precision="fp32"),  # rows of 8 samples
         optimizer=OptimizerConfig(lr=2e-3, lr_warmup_steps=20),
         checkpoint=CheckpointConfig(save_interval=1000),
     )
@@ -74,7 +74,7 @@ def quickstart_sft() -> RunConfig:
         base,
         model=replace(base.model, freeze=("vision_model",)),
         data=replace(base.data, conversation="mistral_instruct"),
-        train=replace(base.train, steps=800),
+        train=replace(base.train, steps=800, global_batch_size=8, micro_batch_size=8),  # rows of 5 samples
         optimizer=replace(base.optimizer, lr=1e-3),
     )
 

@@ -67,10 +67,10 @@ convert() {
         --projector mlp2x_gelu --output "$converted/llava" --overwrite
 }
 
-train() { # RECIPE START DATA RUN
+train() { # RECIPE START DATA RUN ROWS
     spread train "$1" --model.checkpoint "$2" --data.path "$3" --checkpoint.save "$4" \
         --parallel.tensor-model-parallel-size "$TP" --parallel.pipeline-model-parallel-size "$PP" \
-        --train.micro-batch-size $((32 / (DP * PP))) # replicas share the 32 samples of a step, stages take turns
+        --train.micro-batch-size $(($5 / (DP * PP))) # replicas share the rows of a step, stages take turns
 }
 
 evaluate() { # PART CHECKPOINT TASK REFERENCES GENERATE-OPTIONS...: what is generated, and how much of it is exact
@@ -94,11 +94,11 @@ stage mistral "Train a tiny Mistral" python examples/quickstart/train_mistral.py
 stage convert "Convert and join the towers" convert
 stage data "Prepare the data" prepare
 stage pretrain "Pretrain: the projector learns to speak between the towers ($layout)" \
-    train quickstart_pretrain "$OUT/converted/llava" "$OUT/data/pretrain" "$OUT/pretrain"
+    train quickstart_pretrain "$OUT/converted/llava" "$OUT/data/pretrain" "$OUT/pretrain" 4
 stage eval_pretrain "Held-out captions after pretraining alone" \
     evaluate pretrain_captions "$OUT/pretrain" coco captions_val.json "${ask[@]}"
 stage sft "Instruction tuning: all but the vision tower ($layout)" \
-    train quickstart_sft "$OUT/pretrain" "$OUT/data/sft" "$OUT/sft"
+    train quickstart_sft "$OUT/pretrain" "$OUT/data/sft" "$OUT/sft" 8
 stage eval_captions "Held-out captions" evaluate captions "$OUT/sft" coco captions_val.json "${ask[@]}"
 stage eval_answers "Held-out answers" evaluate answers "$OUT/sft" exact-match questions_val.json
 stage eval_blind "Blind control: every picture replaced by another's" \

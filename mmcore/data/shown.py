@@ -47,7 +47,7 @@ def show(plan: Plan, number: int) -> dict[str, Any]:
     if conversation is None:
         return shown
     shown["was_cut"] = conversation.was_cut
-    shown["pieces"] = list(pieces(conversation, layout.tokenizer, layout.pictures.image_token_id))
+    shown["pieces"] = list(pieces(conversation, layout))
     try:
         squares = encode_sample(raw.key, raw.parts, conversation, layout).images
     except ValueError as error:
@@ -56,15 +56,18 @@ def show(plan: Plan, number: int) -> dict[str, Any]:
     return shown
 
 
-def pieces(conversation: EncodedConversation, tokenizer: Tokenizer, image_token_id: int) -> Iterator[dict[str, Any]]:
+def pieces(conversation: EncodedConversation, layout: Layout) -> Iterator[dict[str, Any]]:
     """The sequence and the token that its last position predicts, cut where it makes sense to look at.
 
     Yields:
-        text; ids, several where they make one character or one picture; kind: "text", "control", "image",
+        text; ids, several where they make one character or one picture (or tile); kind: "text", "control", "image",
         or "unknown" where the tokenizer has no such id; trained, whether they are predicted.
     """
     ids = conversation.tokens + (conversation.labels[-1:] if conversation.loss_mask[-1] else [])
     trained = [False, *(weight > 0 for weight in conversation.loss_mask)]
+    tokenizer, image_token_id = layout.tokenizer, layout.pictures.image_token_id
+    # Tiles of one picture stand as one, unless there is text between them.
+    longest = layout.pictures.num_square_embeddings if layout.pictures.tiling == "none" else len(ids)
     names = {id: name for name, id in tokenizer.control.items()}
     place = 0
     while place < len(ids):
@@ -72,7 +75,7 @@ def pieces(conversation: EncodedConversation, tokenizer: Tokenizer, image_token_
         end, text, kind = place + 1, "", "text"
         if id == image_token_id:
             kind = "image"
-            while end < len(ids) and ids[end] == id:
+            while end < len(ids) and ids[end] == id and end - place < longest:
                 end += 1
         elif id in names:
             kind, text = "control", names[id]

@@ -31,6 +31,10 @@ svg rect { fill: var(--accent); }
 svg .limit { stroke: var(--wrong); stroke-dasharray: 5 4; }
 .level { width: 40%; }
 .level div { height: 8px; min-width: 2px; border-radius: 99px; background: var(--accent); }
+.value span { font-weight: 400; }
+.facts tbody { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 0 32px; }
+.facts tr { display: flex; justify-content: space-between; gap: 16px; padding: 0 16px; border: 0; }
+.facts th, .facts td { padding: 8px 0; border: 0; }
 .facts td { text-align: right; }
 .sample { padding: 14px 16px 16px; margin-bottom: 16px; }
 .sample h3 { margin: 0 0 8px; font-size: 15px; font-weight: 600; overflow-wrap: anywhere; }
@@ -45,7 +49,7 @@ svg .limit { stroke: var(--wrong); stroke-dasharray: 5 4; }
 .pictures .squares img { max-height: 160px; border: 1px solid var(--line); }
 .tokens { line-height: 2; overflow-wrap: anywhere; }
 .t {
-  padding: 2px 1px; margin: 0 1px 0 0; border-radius: 4px; background: var(--soft); white-space: pre-wrap;
+  padding: 2px 1px; margin: 0 1px 0 0; unicode-bidi: isolate; border-radius: 4px; background: var(--soft); white-space: pre-wrap;
   box-decoration-break: clone; -webkit-box-decoration-break: clone;
   font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace;
 }
@@ -59,11 +63,10 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px
 @media (min-width: 760px) { .sample .body.two { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); } }
 @media (max-width: 600px) {
   .findings tr { grid-template-columns: 1fr auto; }
-  .findings .note { grid-column: 1 / -1; grid-row: 2; }
+  .findings .note { grid-column: 1 / -1; grid-row: 3; }
   .findings td:last-child { grid-row: 1; grid-column: 2; }
-  .findings .value { grid-row: 3; grid-column: 1 / -1; text-align: left; }
+  .findings .value { grid-row: 2; grid-column: 1 / -1; text-align: left; }
   .level { grid-column: 1 / -1; width: auto; }
-  .facts tr { gap: 12px; }
   .sources { display: block; overflow-x: auto; }
   .sources thead { display: table-header-group; }
   .sources tr { display: table-row; }
@@ -71,8 +74,8 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px
 }
 """
 
-# What cannot be seen otherwise.
-VISIBLE = {"\n": "\u21b5\n", "\t": "\u21e5", "\r": "\u240d"}
+# What cannot be seen otherwise; whatever else cannot is spelled as in Python.
+VISIBLE = {"\n": "\u21b5\n", "\t": "\u21e5"}
 
 
 def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -120,7 +123,7 @@ def _findings(report: Mapping[str, Any]) -> str:
     missing = [finding["title"] for finding in report["findings"] if not finding["count"]]
     if missing:
         rows += (
-            f'<tr><th scope="row">none</th><td class="value">0</td><td class="note">{escape("; ".join(missing))}</td>'
+            f'<tr><th scope="row">also looked for</th><td class="value">0</td><td class="note">{escape("; ".join(missing))}</td>'
             '<td><span class="mark right">none</span></td></tr>'
         )
     head = '<th>finding</th><th class="value">count</th><th>what it means</th><th></th>'
@@ -138,20 +141,22 @@ def _finding(finding: Mapping[str, Any]) -> str:
     return (
         f'<tr><th scope="row">{escape(finding["title"])}</th><td class="value">{finding["count"]:,}'
         f' <span class="quiet">{share(finding["count"], finding["of"])}</span></td>'
-        f'<td class="note"><p>{escape(finding["meaning"])}</p>{by_source}{_examples(finding["examples"])}</td>'
+        f'<td class="note"><p>{escape(finding["meaning"])}</p>{by_source}{_examples(finding)}</td>'
         f'<td><span class="mark {mark[0]}">{mark[1]}</span></td></tr>'
     )
 
 
-def _examples(examples: Sequence[Mapping[str, str]]) -> str:
+def _examples(finding: Mapping[str, Any]) -> str:
+    examples = finding["examples"]
     if not examples:
         return ""
+    told = f"the first {len(examples)}" if len(examples) < finding["count"] else "which"
     items = "".join(
         f"<li><code>{escape(' '.join(filter(None, (example['shard'], example['key']))))}</code> "
         f"{escape(example['detail'])}</li>"
         for example in examples
     )
-    return f"<details><summary>the first {len(examples)}</summary><ul>{items}</ul></details>"
+    return f"<details><summary>{told}</summary><ul>{items}</ul></details>"
 
 
 def _facts(report: Mapping[str, Any]) -> str:
@@ -261,7 +266,13 @@ def _piece(piece: Mapping[str, Any]) -> str:
     elif kind == "unknown":
         text = f"id {ids[0]}"
     else:
-        text = "".join(VISIBLE.get(letter, letter) for letter in piece["text"])
+        text = "".join(map(_visible, piece["text"]))
     told = f"id {ids[0]}" if kind == "image" else f"id {' '.join(map(str, ids))}"
     classes = " ".join(["t", *([kind] if kind != "text" else []), *(["trained"] if piece["trained"] else [])])
     return f'<span class="{classes}" title="{told}">{escape(text)}</span>'
+
+
+def _visible(letter: str) -> str:
+    if letter in VISIBLE or letter.isprintable():
+        return VISIBLE.get(letter, letter)
+    return letter.encode("unicode_escape").decode()

@@ -24,7 +24,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     for name, title in (("lengths", "tokens of a sample"), ("pictures", "pictures of a sample")):
         parts.append(Text(f"\n{title}", style="bold"))
         parts.append(Text("\n".join(lines(report[name]["bins"], console.width, ascii_only=plain)), no_wrap=True))
-    console.print(Group(*parts, _padding(report, plain)), soft_wrap=False)
+    console.print(Group(*parts, Text(), _padding(report, plain)))
 
 
 def printable(text: str) -> str:
@@ -68,7 +68,7 @@ def _findings(report: Mapping[str, Any]) -> Table:
         table.add_row(mark, f"{finding['count']:,}", what)
     missing = [finding["title"] for finding in report["findings"] if not finding["count"]]
     if missing:
-        table.add_row(Text("none", style="green"), "0", Text("; ".join(missing), style="dim"))
+        table.add_row(Text("none", style="green"), "0", Text(f"also looked for: {'; '.join(missing)}", style="dim"))
     return table
 
 

@@ -1,7 +1,6 @@
 """The whole model: vision tower, projector and language model, on one pipeline stage or many."""
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from mmcore.models.architecture import Architecture
 from mmcore.models.language import LanguageModel, language_config
 from mmcore.models.projector import build_projector
 from mmcore.models.specs import resolve_backend
-from mmcore.models.splice import arrange, splice, take_part
+from mmcore.models.splice import arrange, splice
 from mmcore.models.vision import VisionModel, vision_config
 
 # What builds a vision tower, by its architecture's model_subtype.
@@ -107,11 +106,9 @@ class LlavaModel(MegatronModule):
             decoder_input = self.language_model.embedding(
                 input_ids=tokens.masked_fill(is_image, 0), position_ids=None
             )  # [s, b, h]
-            if images is not None and len(images):
-                decoder_input = splice(decoder_input, self.embedded(images, image_sources), is_image)
-            else:
-                unused = chain(self.vision_model.parameters(), self.vision_projection.parameters())
-                decoder_input = take_part(decoder_input, unused)
+            embeddings = self.embedded(images, image_sources)
+            if embeddings is not None:
+                decoder_input = splice(decoder_input, embeddings, is_image)
         return self.language_model(
             decoder_input,
             labels=labels,
@@ -121,12 +118,35 @@ class LlavaModel(MegatronModule):
             packed_seq_params=packed_seq_params,
         )
 
-    def embedded(self, images: Tensor, image_sources: Tensor | None) -> Tensor:
-        """Embeddings [e, h] of images in the order of their places; arguments as `forward`."""
-        features = self.vision_projection(self.vision_model(images))  # [n, i, h]
-        if image_sources is None:
-            return features.flatten(0, 1)
-        return arrange(features, self.vision_projection.image_newline, image_sources)
+    def embedded(self, images: Tensor | None, image_sources: Tensor | None) -> Tensor | None:
+        """Embeddings [e, h] of images in the order of their places; arguments as `forward`.
+
+        Where there are none, e is 0, but what is trained takes part all the same, by way of a blank
+        picture. DDP reduces a bucket of gradients once the last of them is there, and all replicas must
+        reduce the same ones in the same order: that of the one graph.
+        """
+        is_blank = images is None or not len(images)
+        features = self._blank_features() if is_blank else self.vision_model(images)
+        if features is None:
+            return None
+        features = self.vision_projection(features)  # [n, i, h]
+        if image_sources is not None:
+            return arrange(features, self.vision_projection.image_newline, image_sources)
+        return features.flatten(0, 1)[: 0 if is_blank else None]
+
+    def _blank_features(self) -> Tensor | None:
+        """Of one blank picture [1, i, vision hidden]; None where nothing waits for their gradients."""
+        vision, weight = self.vision_model.arch, next(self.vision_model.parameters())
+        if torch.is_grad_enabled() and is_trained(self.vision_model):
+            side = vision.image_size
+            return self.vision_model(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=weight.device))
+        if torch.is_grad_enabled() and is_trained(self.vision_projection):
+            return weight.new_zeros(1, vision.num_image_embeddings, vision.hidden_size)
+        return None
+
+
+def is_trained(module: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def base_config(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -1,8 +1,5 @@
 """Image embeddings into the places that the data side kept for them."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -42,31 +39,3 @@ def splice(text: Tensor, images: Tensor, is_image: Tensor) -> Tensor:
     rows = text.transpose(0, 1)  # [b, s, h]
     rows = rows.masked_scatter(is_image.unsqueeze(-1), images.to(rows.dtype))
     return rows.transpose(0, 1).contiguous()  # [s, b, h]
-
-
-def take_part(hidden: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Give parameters that a batch has no use for a gradient of 0, where they are trained.
-
-    Gradients are reduced while the backward pass runs, and each bucket waits for all of its parameters: one
-    without a gradient would stop mcore's DDP. A pass of the vision tower over nothing would do as well,
-    and cost as much as one over a picture.
-
-    Args:
-        hidden: what the loss depends on.
-    Returns:
-        The same.
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return _TakePart.apply(hidden, *trained) if trained and torch.is_grad_enabled() else hidden
-
-
-class _TakePart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.kinds = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        zeros = (torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.kinds)
-        return grads[0], *zeros

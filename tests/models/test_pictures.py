@@ -13,7 +13,7 @@ from mmcore.config import ParallelConfig
 from mmcore.data.batch import Batch, EncodedSample, collate
 from mmcore.data.tiling import anyres_layout
 from mmcore.models.architecture import PictureArch
-from mmcore.models.splice import arrange, take_part
+from mmcore.models.splice import arrange
 from mmcore.training.loss import step_shares
 from mmcore.training.step import forward_step
 from tests import ranks, tiny
@@ -33,18 +33,6 @@ def test_features_are_arranged() -> None:
     features, newline = torch.arange(12.0).view(2, 3, 2), torch.tensor([50.0, 51.0])
     arranged = arrange(features, newline, torch.tensor([5, 0, -1, 1, -1]))
     assert arranged.tolist() == [[10, 11], [0, 1], [50, 51], [2, 3], [50, 51]]
-
-
-def test_parameters_take_part_without_changing_anything() -> None:
-    hidden = torch.randn(3, 2, requires_grad=True)
-    used, frozen = torch.nn.Parameter(torch.full((4, 2), torch.inf)), torch.nn.Parameter(torch.ones(2), False)
-    same = take_part(hidden, [used, frozen])
-    assert torch.equal(same, hidden)
-    (same * 3).sum().backward()
-    assert torch.equal(hidden.grad, torch.full((3, 2), 3.0))  # type: ignore[arg-type]
-    assert used.grad is not None and used.grad.abs().max() == 0 and frozen.grad is None
-    with torch.no_grad():
-        assert take_part(hidden, [used]) is hidden
 
 
 def anyres_sample(seed: int, size: tuple[int, ...]) -> EncodedSample:
