@@ -40,7 +40,7 @@ def test_help(arguments: list[str]) -> None:
     assert done.returncode == 0 and "usage: mmcore" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("verb", ["prepare", "generate", "evaluate"])
+@pytest.mark.parametrize("verb", ["prepare", "inspect", "generate", "evaluate"])
 def test_help_of_every_verb(verb: str) -> None:
     done = mmcore(verb, "--help")
     assert done.returncode == 0 and f"usage: mmcore {verb}" in done.stdout
@@ -63,6 +63,8 @@ def test_help_of_every_verb(verb: str) -> None:
             ["generate", "--checkpoint", ".", "--task", "coco", "--data", "x", "--output", "y"],
             "is no checkpoint and holds none",
         ),
+        (["inspect", "x", "--checkpoint", "."], "is no checkpoint and holds none"),
+        (["inspect", "x", "--checkpoint", ".", "--show", "3"], "give --output, a folder for it"),
         (["evaluate", "cocoa", "--predictions", "p", "--references", "r"], "cocoa"),
     ],
 )

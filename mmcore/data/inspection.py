@@ -186,7 +186,7 @@ def inspect(
     """
     tallies = [Tally() for _ in open_plan(plan).dataset.sources]
     starts = range(0, plan.num_samples, STRETCH)
-    for start, found in zip(starts, map_in_order(Look(plan), starts, workers), strict=True):
+    for start, found in zip(starts, map_in_order(Look(plan, STRETCH), starts, workers), strict=True):
         for number, tally in found.items():
             tallies[number].add(tally)
         on_progress(min(STRETCH, plan.num_samples - start))
@@ -199,11 +199,12 @@ class Look:
     """Looks at a stretch of samples, in whichever process it is."""
 
     plan: Plan
+    num_samples: int
 
     def __call__(self, start: int) -> dict[int, Tally]:
         """What is counted from sample `start` on, by source."""
         tallies: dict[int, Tally] = {}
-        for number in range(start, min(start + STRETCH, self.plan.num_samples)):
+        for number in range(start, min(start + self.num_samples, self.plan.num_samples)):
             source, index = locate(self.plan, number)
             look_at(number, source, index, self.plan, tallies.setdefault(source.number, Tally()))
         return tallies

@@ -1,6 +1,7 @@
 """`mmcore inspect`, as a user calls it, on a dataset with every fault there is."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -100,24 +101,179 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def read_report(output: Path) -> dict[str, Any]:
-    return json.loads((output / "report.json").read_text())
+def inspected(output: Path, dataset: Path, checkpoint: Path, *options: object) -> tuple[int, dict[str, Any]]:
+    """Exit code, and the report."""
+    code = inspect(dataset, "--checkpoint", checkpoint, "--seq-length", WINDOW, "--output", output, *options)
+    return code, json.loads((output / "report.json").read_text())
 
 
 def counts(report: Mapping[str, Any]) -> dict[str, int]:
     return {finding["name"]: finding["count"] for finding in report["findings"] if finding["count"]}
 
 
+def keys(report: Mapping[str, Any], name: str) -> list[str]:
+    found = next(finding for finding in report["findings"] if finding["name"] == name)
+    return [example["key"] for example in found["examples"]]
+
+
 def test_every_fault_is_found_and_counted(faulty: Path, checkpoint: Path, tmp_path: Path) -> None:
-    options = ("--checkpoint", checkpoint, "--seq-length", WINDOW, "--output", tmp_path, "--workers", 1)
-    assert inspect(faulty, *options) == 1
-    report = read_report(tmp_path)
-    found = counts(report)
-    assert found == {
+    code, report = inspected(tmp_path, faulty, checkpoint, "--workers", 1, "--num-readers", 50)
+    assert code == 1 and not report["passed"]
+    assert counts(report) == {
         **dict.fromkeys(FAULTS, 1),
-        "nothing_trained": 2,  # silent, unheard
-        "longer": 3,  # late, long, unheard
-        "text_only": 3,  # text, long, unheard
+        "nothing_trained": 2,
+        "longer": 3,
+        "text_only": 3,
         "repeated_key": 1,
         "repeated_picture": 1,
+        "too_few": 17,
     }
+    more = {
+        "unreadable": [""],
+        "nothing_trained": ["silent", "unheard"],
+        "longer": ["late", "long", "unheard"],
+        "repeated_key": ["good3"],
+        "repeated_picture": ["good3"],
+        "text_only": [],
+    }
+    for name, (key, _) in FAULTS.items():
+        assert keys(report, name) == more.get(name, [key]), name
+    told = {finding["name"]: finding["examples"] for finding in report["findings"]}
+    assert told["repeated_picture"][0] == {
+        "source": "faulty",
+        "shard": "train_000003.tar",
+        "key": "good3",
+        "detail": "also in sample good7 of train_000000.tar",
+    }
+    assert told["repeated_key"][0]["detail"] == "also in sample good3 of train_000000.tar"
+    assert "train_000002.tar" in told["unreadable"][0]["detail"]
+    assert report["counts"]["samples"] == 32 and report["counts"]["excluded"] == 1
+    assert report["num_samples"] == 33
+    # 20 good ones, tiny, text, long (cut), and good3's namesake.
+    assert report["sources"][0]["usable"] == 24
+
+
+def test_every_finding_can_be_met(faulty: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The dataset above lacks one, which takes another model: every sample has an id beyond 128."""
+    _, report = inspected(tmp_path, faulty, checkpoint, "--workers", 1, "--num-readers", 50)
+    small = write_checkpoint(tmp_path / "small", vocab_size=128)
+    code, other = inspected(tmp_path / "other", write(tmp_path / "good", {"a": good(0), "b": good(1)}), small)
+    assert code == 1 and counts(other) == {"outside_vocabulary": 2}
+    assert {*counts(report), *counts(other)} == {*FINDINGS}
+    assert other["token_ids"]["lowest_and_highest"][1] > 128 == other["token_ids"]["rows_of_the_model"]
+
+
+def test_a_good_dataset_passes(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = write(tmp_path / "dataset", {f"{seed}": good(seed) for seed in range(5)})
+    code, report = inspected(tmp_path / "output", dataset, checkpoint)
+    assert code == 0 and report["passed"] and not counts(report)
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["report.html", "report.json"]
+    told = capsys.readouterr().out
+    assert "nothing would hurt a run" in told and "pictures of a sample" in told
+
+
+def test_padding_is_that_of_the_hand(checkpoint: Path, tmp_path: Path) -> None:
+    """Nine samples of 24 tokens and one of 24 + 36, in rows of 64: each row takes two of the short ones."""
+    samples = {f"{seed}": good(seed) for seed in range(9)}
+    samples["long"] = {"png": picture(9), "json": talk("<image>\nwhat is it", "it is number 0" + " one" * 18)}
+    _, report = inspected(tmp_path / "output", write(tmp_path / "dataset", samples), checkpoint, "--workers", 1)
+    assert [row for row in report["lengths"]["bins"] if row[2]] == [[24, 25, 9], [60, 61, 1]]
+    tokens = 9 * 24 + 60
+    assert report["padding"] == {
+        "a row of 64 for each sample": pytest.approx(1 - tokens / (10 * 64)),
+        "micro batches of 4, padded to their longest": pytest.approx(1 - tokens / (4 * 60 + 6 * 24)),
+        "micro batches of 16, padded to their longest": pytest.approx(1 - tokens / (10 * 60)),
+        **{f"rows of 64, packed from {size} samples": pytest.approx(1 - tokens / (6 * 64)) for size in (100, 500, 2000)},
+    }
+
+
+def test_the_number_of_workers_changes_nothing(
+    faulty: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmcore.data.inspection.STRETCH", 1)  # else so few samples are one process's work
+    for workers in (1, 2):
+        inspected(tmp_path / str(workers), faulty, checkpoint, "--workers", workers, "--show", 40)
+    for name in ("report.json", "report.html"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_a_blend_is_told_by_source(checkpoint: Path, tmp_path: Path) -> None:
+    write(tmp_path / "pictures", {f"{seed}": good(seed) for seed in range(6)})
+    write(tmp_path / "texts", {"a": {"json": talk("what", "one")}, "b": {"json": talk("what", "")}})
+    blend = [{"repetitions": 0.5, "path": "./pictures"}, {"repetitions": 1, "path": "./texts"}]
+    content = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
+    content |= {"splits": {"train": {"blend_epochized": blend}}}
+    (tmp_path / "blend.yaml").write_text(yaml.safe_dump(content))
+    _, report = inspected(tmp_path / "output", tmp_path / "blend.yaml", checkpoint, "--num-readers", 6)
+    first, second = report["sources"]
+    assert (first["name"], first["share_of_draws"], first["samples"], first["usable"]) == ("pictures", 0.6, 6, 6)
+    assert (second["name"], second["share_of_draws"], second["samples"], second["usable"]) == ("texts", 0.4, 2, 1)
+    assert second["findings"] == {"nothing_trained": 1, "text_only": 1}
+    assert counts(report) == {"nothing_trained": 1, "text_only": 1, "too_few": 1}
+
+
+def test_options_that_look_at_less(checkpoint: Path, tmp_path: Path) -> None:
+    samples = [(f"good{seed}", good(seed)) for seed in range(9)] + [FAULTS["broken_picture"]]
+    dataset = write(tmp_path / "dataset", samples)
+    code, report = inspected(tmp_path / "a", dataset, checkpoint, "--no-decode")
+    assert code == 0 and not report["pictures_decoded"]  # its header is sound
+    code, report = inspected(tmp_path / "b", dataset, checkpoint, "--max-samples", 3, "--show-key", "good3")
+    assert code == 0 and report["num_inspected"] == report["counts"]["samples"] == 3
+    code, report = inspected(tmp_path / "c", dataset, checkpoint, "--max-samples", 100)
+    assert code == 1 and counts(report) == {"broken_picture": 1}
+
+
+def test_a_window_may_be_too_small_for_some(checkpoint: Path, tmp_path: Path) -> None:
+    samples = {f"{seed}": good(seed) for seed in range(3)} | {"long": {"json": talk("what", "one " * WINDOW)}}
+    dataset = write(tmp_path / "dataset", samples)
+    assert inspected(tmp_path / "a", dataset, checkpoint)[0] == 1
+    code, report = inspected(tmp_path / "b", dataset, checkpoint, "--max-longer", 0.25)
+    assert code == 0 and counts(report) == {"longer": 1, "text_only": 1}
+
+
+def test_samples_can_be_looked_at(faulty: Path, checkpoint: Path, tmp_path: Path) -> None:
+    inspected(tmp_path, faulty, checkpoint, "--workers", 1, "--show", 33, "--show-key", "good3")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<article") == 33 and "<script" not in page
+    assert page.index("<h3>good3 ") < page.index("<h3>good0 ")
+    assert "&lt;s&gt;</span>" in page and '<span class="t image" title="id 300">image \u00d7 4</span>' in page
+    assert "the dataset&#x27;s metadata leaves it out" in page and "\\u202e" in page
+    assert not re.search(r"https?://|url\(|@import", page)
+    assert {source[:11] for source in re.findall(r'src="([^"]*)', page)} == {"data:image/"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seq-length", 0), "--seq-length must be above 0, not 0"),
+        (("--max-longer", 2), "--max-longer is a fraction between 0 and 1, not 2.0"),
+        (("--conversation", "vicuna"), "no conversation template 'vicuna', did you mean 'vicuna_v1'?"),
+        (("--conversation", "llama3"), "has no control token '<|start_header_id|>'"),
+        (("--split", "val"), "val"),
+        (("--output", "OUTPUT", "--show-key", "nobody"), "no sample that was looked at has the key --show-key nobody"),
+    ],
+)
+def test_mistakes(
+    options: tuple[Any, ...],
+    message: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = write(tmp_path / "dataset", {"a": good(0)})
+    given = [tmp_path / "output" if option == "OUTPUT" else option for option in options]
+    assert inspect(dataset, "--checkpoint", checkpoint, *given) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "output").exists()
+
+
+def test_an_interruption_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmcore.data.inspection.look_at", interrupt)
+    dataset = write(tmp_path / "dataset", {"a": good(0)})
+    assert inspect(dataset, "--checkpoint", checkpoint, "--output", tmp_path / "output", "--workers", 1) == 1
+    assert capsys.readouterr().err == "mmcore inspect: interrupted; nothing was written\n"
+    assert not (tmp_path / "output").exists()

@@ -73,6 +73,7 @@ def command(inputs: Path, run: Path, *options: object) -> list[str]:
     small = ["--checkpoint.save", run, "--checkpoint.save-interval", SAVED, "--train.steps", STEPS]
     small += ["--train.global-batch-size", 8, "--train.micro-batch-size", 4, "--optimizer.lr-warmup-steps", 2]
     small += ["--parallel.tensor-model-parallel-size", 2, "--logging.log-interval", 1, "--data.num-streams", 2]
+    small += ["--data.seq-length", 64, "--data.packing-buffer-size", 16]
     return list(map(str, [*launch, *train, *small, *options]))
 
 
