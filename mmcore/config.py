@@ -89,6 +89,9 @@ class DataConfig:
     image_mode: Literal["", "crop", "pad", "squash"] = ""
     """What becomes of pictures that are not square: their middle, a margin, or other proportions; by default the
     checkpoint's."""
+    image_resize: Literal["fast", "exact"] = "fast"
+    """What resizes pictures: torch in a fifth of the time; or Pillow, as towers were trained and as generation does it,
+    from which torch differs by at most 2 of 255 levels and 0.01 on average (tall pictures under Pillow 13: 0.2)."""
     seq_length: int = 1024
     """Longest sequence in tokens, image embeddings included; longer samples are cut, and counted."""
     num_workers: int = 2

@@ -3,4 +3,18 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh
-exec .venv/bin/python -m pytest "$@"
+if [ $# -gt 0 ]; then
+    exec .venv/bin/python -m pytest "$@"
+fi
+# The converters' tests beside all others: each half keeps one core busy. Not pytest-xdist, whose threads are no
+# company for tests that fork ranks.
+log=$(mktemp)
+trap 'rm -f "$log"; kill "$converters" 2>/dev/null || true' EXIT
+.venv/bin/python -m pytest tests/tools >"$log" 2>&1 &
+converters=$!
+status=0
+.venv/bin/python -m pytest --ignore tests/tools || status=$?
+wait "$converters" || status=$?
+echo "== tests/tools"
+cat "$log"
+exit "$status"

@@ -100,15 +100,13 @@ def inspect(config: InspectConfig, architecture: Architecture, tokenizer: Path) 
     from rich.console import Console
 
     from mmcore.data.findings import report as build_report
-    from mmcore.data.inspection import open_plan
     from mmcore.evaluation.inspection_page import write_page
     from mmcore.evaluation.inspection_table import print_report
     from mmcore.evaluation.scores import write_json
 
     plan = build_plan(config, architecture, tokenizer)
-    dataset = open_plan(plan).dataset
     tallies = look(config, plan)
-    report = build_report(plan, dataset, tallies, max_longer=config.max_longer, num_readers=config.num_readers)
+    report = build_report(plan, tallies, max_longer=config.max_longer, num_readers=config.num_readers)
     shown = samples_to_show(config, plan, tallies)
     print_report(report, Console())
     if config.output:

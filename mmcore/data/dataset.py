@@ -53,7 +53,7 @@ class Shard:
     def __init__(self, path: EPath) -> None:
         self.offsets = np.frombuffer(EPath(f"{path}.idx").read_bytes(), "<u8")
         if path.is_local():
-            self._descriptor = os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptor = os.open(path.local_path(), os.O_RDONLY | os.O_CLOEXEC)
         else:
             self._file = path.open("rb")
 
@@ -225,7 +225,7 @@ def _source(number: int, part: LoadedDataset, path: str, names: Counter[str]) ->
         )
     for shard in dataset.shards:
         if shard.path.is_local():
-            _check_shard(Path(str(shard.path)), shard.count)
+            _check_shard(shard.path.local_path(), shard.count)
     begin, end = dataset.subset.compute_subset(len(dataset)) if dataset.subset else (0, len(dataset))
     name = dataset.path.name
     return Source(
@@ -242,7 +242,7 @@ def _source(number: int, part: LoadedDataset, path: str, names: Counter[str]) ->
 
 
 def _check_shard(path: Path, count: int) -> None:
-    index = Path(f"{path}.idx")
+    index = path.with_name(f"{path.name}.idx")
     for file in (path, index):
         if not file.is_file():
             raise ValueError(f"{file} is missing from the dataset: copy it again, or prepare the dataset again")

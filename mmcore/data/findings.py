@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmcore.data.dataset import Dataset
-from mmcore.data.inspection import MAX_ENLARGED, MAX_EXAMPLES, Plan, Tally
+from mmcore.data.inspection import MAX_ENLARGED, MAX_EXAMPLES, Plan, Tally, open_plan
 from mmcore.data.padding import draw, padding
 
 MAX_BINS = 24
@@ -90,7 +90,7 @@ FINDINGS = {
 }
 
 
-def report(plan: Plan, dataset: Dataset, tallies: Sequence[Tally], *, max_longer: float, num_readers: int) -> dict:
+def report(plan: Plan, tallies: Sequence[Tally], *, max_longer: float, num_readers: int) -> dict[str, Any]:
     """All that was found, as plain values for JSON; the same samples give the same report.
 
     Args:
@@ -98,6 +98,7 @@ def report(plan: Plan, dataset: Dataset, tallies: Sequence[Tally], *, max_longer
         max_longer: largest fraction of samples longer than the window that is only a notice.
         num_readers: data parallel ranks times loader workers of the run.
     """
+    dataset, layout = open_plan(plan)
     whole = Tally()
     for tally in tallies:
         tally.found["text_only"] = tally.counts["text only"]
@@ -125,7 +126,11 @@ def report(plan: Plan, dataset: Dataset, tallies: Sequence[Tally], *, max_longer
         "passed": not any(finding["count"] and finding["hurts"] for finding in findings),
         "findings": findings,
         "counts": {name: whole.counts[name] for name in COUNTS},
-        "token_ids": {"lowest_and_highest": whole.ids, "rows_of_the_model": plan.vocab_size},
+        "token_ids": {
+            "lowest_and_highest": whole.ids,
+            "tokenizer": layout.tokenizer.vocab_size,
+            "model": plan.vocab_size,
+        },
         "lengths": distribution(whole.lengths),
         "pictures": distribution(whole.pictures),
         "padding": padding(lengths, plan.seq_length),

@@ -81,7 +81,7 @@ def lines(bins: Sequence[Bin], width: int, *, ascii_only: bool) -> list[str]:
     names = [span(low, high) for low, high, _ in bins]
     counts = [f"{count:,}" for *_, count in bins]
     name_width, count_width = max(map(len, names), default=0), max(map(len, counts), default=0)
-    highest, room = max((count for *_, count in bins), default=0) or 1, max(1, width - name_width - count_width - 3)
+    highest, room = max((count for *_, count in bins), default=0) or 1, max(1, width - name_width - count_width - 2)
     return [
         f"{name:>{name_width}} {bar(found[2] / highest, room, ascii_only=ascii_only):<{room}} {count:>{count_width}}"
         for name, count, found in zip(names, counts, bins, strict=True)

@@ -49,7 +49,8 @@ svg .limit { stroke: var(--wrong); stroke-dasharray: 5 4; }
 .pictures .squares img { max-height: 160px; border: 1px solid var(--line); }
 .tokens { line-height: 2; overflow-wrap: anywhere; }
 .t {
-  padding: 2px 1px; margin: 0 1px 0 0; unicode-bidi: isolate; border-radius: 4px; background: var(--soft); white-space: pre-wrap;
+  padding: 2px 1px; margin: 0 1px 0 0; border-radius: 4px; background: var(--soft);
+  white-space: pre-wrap; unicode-bidi: isolate;
   box-decoration-break: clone; -webkit-box-decoration-break: clone;
   font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace;
 }
@@ -123,8 +124,8 @@ def _findings(report: Mapping[str, Any]) -> str:
     missing = [finding["title"] for finding in report["findings"] if not finding["count"]]
     if missing:
         rows += (
-            f'<tr><th scope="row">also looked for</th><td class="value">0</td><td class="note">{escape("; ".join(missing))}</td>'
-            '<td><span class="mark right">none</span></td></tr>'
+            f'<tr><th scope="row">also looked for</th><td class="value">0</td>'
+            f'<td class="note">{escape("; ".join(missing))}</td><td><span class="mark right">none</span></td></tr>'
         )
     head = '<th>finding</th><th class="value">count</th><th>what it means</th><th></th>'
     return (

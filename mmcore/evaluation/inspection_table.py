@@ -88,7 +88,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("share that is trained", share(counts["trained tokens"], tokens)),
         ("tokens beyond the window", f"{counts['tokens beyond the window']:,}"),
         ("token ids of text", f"{used[0]:,} to {used[1]:,}" if used else "none"),
-        ("rows of the model's embedding", f"{ids['rows_of_the_model']:,}"),
+        ("tokenizer, model", f"{ids['tokenizer']:,} tokens, {ids['model']:,} rows"),
     ]
     if lengths:
         rows.insert(

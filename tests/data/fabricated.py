@@ -67,7 +67,7 @@ def pictures(image_token_id: int, **changes: Any) -> Pictures:
     return Pictures(image_token_id=image_token_id, **{**arguments, **changes})
 
 
-def loader(path: Path, tokenizer: Tokenizer, *, data: dict[str, Any] | None = None, **changes: Any) -> Loader:
+def loader(path: Path | str, tokenizer: Tokenizer, *, data: dict[str, Any] | None = None, **changes: Any) -> Loader:
     """A loader of one rank without workers, unless told otherwise."""
     config = DataConfig(path=str(path), seq_length=64, num_workers=0, shuffle_buffer_size=16, packing_buffer_size=0)
     arguments = {

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from megatron.energon.epathlib import EPath
 
 from mmcore.data.batch import Batch
 from mmcore.data.image import decode_image, preprocess
@@ -437,6 +438,25 @@ def test_what_energon_does_and_this_does_not_is_refused(dataset: Path, tokenizer
     joined = metadataset(tmp_path, {"path": str(dataset), "aux": {"more": f"filesystem://{dataset}"}})
     with pytest.raises(ValueError, match="asks for a join, for auxiliary files"):
         loader(joined, tokenizer)
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_an_object_store(
+    dataset: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_local: bool
+) -> None:
+    """Through energon's multi-storage-client: a profile that stands for a folder, read as a folder and as a store."""
+    provider = {"type": "file", "options": {"base_path": str(dataset.parent)}}
+    (tmp_path / "msc.yaml").write_text(yaml.safe_dump({"profiles": {"disk": {"storage_provider": provider}}}))
+    monkeypatch.setenv("MSC_CONFIG", str(tmp_path / "msc.yaml"))
+    expected = take(loader(dataset, tokenizer), 10)
+    if not is_local:
+        monkeypatch.setattr(EPath, "is_local", lambda self: False)
+    for num_workers in (0, 2):
+        stream = loader(f"msc://disk/{dataset.name}", tokenizer, data={"num_workers": num_workers, "num_streams": 1})
+        assert same(take(stream, 10), expected)
+        stream.close()
+    with pytest.raises(ValueError, match="no readable energon dataset"):
+        loader("msc://disk/nothing", tokenizer)
 
 
 def test_loading_says_nothing(dataset: Path, tmp_path: Path) -> None:
