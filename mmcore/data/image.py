@@ -118,7 +118,8 @@ def preprocess(
     Raises:
         ValueError: so long and narrow that on the way it would have more than MAX_PIXELS.
     """
-    return pad(image, image_size, background) if mode == "pad" else MODES[mode](image, image_size)
+    pixels = pad(image, image_size, background) if mode == "pad" else MODES[mode](image, image_size)
+    return pixels.contiguous()
 
 
 def crop(image: Picture, image_size: int) -> "Tensor":
@@ -131,8 +132,7 @@ def crop(image: Picture, image_size: int) -> "Tensor":
     long = int(image_size * max(width, height) / min(width, height))
     width, height = (long, image_size) if width > height else (image_size, long)
     left, top = round((width - image_size) / 2), round((height - image_size) / 2)
-    pixels = resize(image, (width, height))
-    return pixels[:, top : top + image_size, left : left + image_size].contiguous()
+    return resize(image, (width, height))[:, top : top + image_size, left : left + image_size]
 
 
 def pad(image: Picture, image_size: int, background: tuple[int, ...] = BACKGROUND) -> "Tensor":
@@ -160,19 +160,19 @@ def resize(image: Picture, size: tuple[int, int]) -> "Tensor":
     """Bicubic, to a width and height.
 
     Returns:
-        uint8 [3, height, width].
+        uint8 [3, height, width], as it lies in memory.
     Raises:
         ValueError: it would take more than MAX_PIXELS.
     """
     # Both resize the width first, so the picture between has the new width and the old height.
     _refuse_above_limit(image, size[0] * max(size[1], _size(image)[1]))
     if isinstance(image, Image.Image):
-        return to_tensor(image.resize(size, Image.Resampling.BICUBIC)).contiguous()
+        return to_tensor(image.resize(size, Image.Resampling.BICUBIC))
     from torch.nn.functional import interpolate
 
     # Taken apart and put together, so that torch sees the channels lie last and takes its fastest way.
     pixels = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # [1, 3, h, w]
-    return interpolate(pixels, size[::-1], mode="bicubic", antialias=True)[0].contiguous()
+    return interpolate(pixels, size[::-1], mode="bicubic", antialias=True)[0]
 
 
 def to_tensor(image: Image.Image) -> "Tensor":

@@ -2,7 +2,7 @@
 
 Samples are looked at in stretches, by several processes, and what each finds adds up in the samples'
 order: the result does not depend on how many there are. Of every sample and every picture 12 bytes are
-kept, by which repeated ones are found, and while they are sorted 17 more: 41 GB at a billion samples
+kept, by which repeated ones are found, and while they are compared 29 more: 53 GB at a billion samples
 of one picture. Nothing else grows with the dataset.
 """
 
@@ -25,7 +25,7 @@ from mmcore.data.dataset import Dataset, RawSample, Source, open_dataset
 from mmcore.data.image import picture_size
 from mmcore.data.pictures import Pictures
 from mmcore.data.sources.workers import map_in_order
-from mmcore.data.task_encoder import Layout, lay_out, picture_files
+from mmcore.data.task_encoder import Layout, build_layout, lay_out, picture_files
 from mmcore.data.tokenizer import load_tokenizer
 
 # Samples that a process looks at before it reports.
@@ -153,16 +153,9 @@ def open_plan(plan: Plan) -> Opened:
     """Dataset and layout of a plan, in whichever process asks.
 
     Raises:
-        ValueError: they cannot be opened, or tokenizer and template do not go together.
+        ValueError: they cannot be opened, or a run refuses them together.
     """
-    layout = Layout(
-        tokenizer=load_tokenizer(plan.tokenizer),
-        conversation=plan.conversation,
-        pictures=plan.pictures,
-        seq_length=plan.seq_length,
-    )
-    talk = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
-    lay_out({"json": json.dumps({"conversations": talk}).encode()}, unlimited(layout))
+    layout = build_layout(load_tokenizer(plan.tokenizer), plan.conversation, plan.pictures, plan.seq_length)
     return Opened(open_dataset(plan.path, plan.split), layout)
 
 

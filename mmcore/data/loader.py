@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mmcore.config import DataConfig
 from mmcore.data.batch import Batch
-from mmcore.data.conversation import encode_prompt
 from mmcore.data.dataset import Dataset, open_dataset
 from mmcore.data.pictures import Pictures
 from mmcore.data.stream import Blend, Count, Place, Stream, TooManySkippedError, build_blend
-from mmcore.data.task_encoder import Layout
+from mmcore.data.task_encoder import Layout, build_layout
 from mmcore.data.tokenizer import Tokenizer
 
 # A run's streams, unless ranks and workers ask for more or the dataset is too small: it can then be
@@ -254,18 +253,7 @@ def build_train_loader(
             to the ranks, unknown template, the tokenizer can make image_token_id of text, a
             picture does not fit into seq_length, or see `Loader.load_state_dict`.
     """
-    image_token_id = pictures.image_token_id
-    if image_token_id < tokenizer.vocab_size and image_token_id not in tokenizer.control.values():
-        raise ValueError(
-            f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: it "
-            "must lie beyond them or be a control token; convert the model again with this tokenizer"
-        )
-    if (longest := pictures.longest(tokenizer)) >= config.seq_length:
-        raise ValueError(
-            f"--data.seq-length {config.seq_length} has no room for a picture (up to {longest} tokens) and text"
-        )
-    encode_prompt("", tokenizer, conversation, pictures=[], image_token_id=image_token_id)  # raises if they do not fit
-    layout = Layout(tokenizer=tokenizer, conversation=conversation, pictures=pictures, seq_length=config.seq_length)
+    layout = build_layout(tokenizer, conversation, pictures, config.seq_length)
     dataset = open_dataset(config.path)
     wanted = config.num_streams or (read_states(states).num_streams if states else 0)
     num_streams = _num_streams(wanted, config, dataset, data_parallel_size)

@@ -1,40 +1,24 @@
-"""A sample of a shard to tensors: what energon runs in its workers.
-
-Randomness, when it comes, is to be drawn from `random.Random(f"{seed}|{key}|{self.current_sample_index}")`:
-energon's own `restore_seeds` costs 0.4 ms a sample and repeats itself over loaders of one process.
-"""
+"""A sample of a shard to tensors: first its sequence, later its pictures, so that what waits to be packed is files."""
 
 import json
-import sys
-from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 import torch
-from megatron.energon import Cooker, DefaultTaskEncoder, Sample, SkipSample, basic_sample_keys, edataclass, stateless
 
-from mmcore.data.batch import Batch, EncodedSample, collate
-from mmcore.data.conversation import EncodedConversation, encode_conversation, encode_document, read_turns
+from mmcore.data.batch import EncodedSample
+from mmcore.data.conversation import (
+    EncodedConversation,
+    encode_conversation,
+    encode_document,
+    encode_prompt,
+    read_turns,
+)
 from mmcore.data.image import EXTENSIONS
-from mmcore.data.packing import pack
 from mmcore.data.pictures import Pictures
 from mmcore.data.tokenizer import Tokenizer
 
 PICTURES = tuple(dict.fromkeys(EXTENSIONS.values()))
-
-# So many broken samples one after the other are no accident: without this, a dataset of nothing else
-# would be read for ever.
-MAX_SKIPPED_IN_A_ROW = 100
-
-Stage = Literal["text", "pictures"]
-
-
-@edataclass
-class RawSample(Sample):
-    """Undecoded, so that the shuffle buffer holds files and not pixels."""
-
-    parts: dict[str, bytes]
-    """Content by file extension."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,26 +31,27 @@ class Layout:
     seq_length: int
 
 
-@stateless
-def cook(sample: dict) -> RawSample:
-    keys = basic_sample_keys(sample)
-    return RawSample(**keys, parts={name: data for name, data in sample.items() if not name.startswith("__")})
+def build_layout(tokenizer: Tokenizer, conversation: str, pictures: Pictures, seq_length: int) -> Layout:
+    """A layout that a run can use.
 
-
-@dataclass(slots=True, kw_only=True)
-class Row:
-    """Samples that share a row."""
-
-    samples: list[EncodedSample]
-    __restore_key__: tuple[Any, ...] = ()  # energon's
-
-
-@edataclass
-class LaidOutSample(Sample):
-    """A sample whose length is known; its pictures are still files."""
-
-    parts: dict[str, bytes]
-    conversation: EncodedConversation
+    Args:
+        conversation: template, a name in mmcore.data.templates.TEMPLATES.
+    Raises:
+        ValueError: unknown template, or one that the tokenizer lacks tokens for; the tokenizer can make
+            image_token_id of text; a picture does not fit into seq_length.
+    """
+    image_token_id = pictures.image_token_id
+    if image_token_id < tokenizer.vocab_size and image_token_id not in tokenizer.control.values():
+        raise ValueError(
+            f"image_token_id {image_token_id} is a token of {tokenizer.path}, which has {tokenizer.vocab_size}: it "
+            "must lie beyond them or be a control token; convert the model again with this tokenizer"
+        )
+    if (longest := pictures.longest(tokenizer)) >= seq_length:
+        raise ValueError(
+            f"seq-length {seq_length} has no room for a picture (up to {longest} tokens) and text: raise it"
+        )
+    encode_prompt("", tokenizer, conversation, pictures=[], image_token_id=image_token_id)  # raises if they do not fit
+    return Layout(tokenizer=tokenizer, conversation=conversation, pictures=pictures, seq_length=seq_length)
 
 
 def lay_out(parts: dict[str, bytes], layout: Layout) -> EncodedConversation:
@@ -118,65 +103,3 @@ def encode_sample(
         image_sources=pictures.sources,
         num_features=pictures.num_features,
     )
-
-
-class TaskEncoder(DefaultTaskEncoder):
-    """energon's hooks, with a count of what could not be encoded.
-
-    Samples are laid out before they are packed, and their pictures decoded after: a packing buffer
-    holds files, not pixels.
-    """
-
-    decoder = None
-    cookers = (Cooker(cook),)
-
-    def __init__(self, layout: Layout) -> None:
-        super().__init__()
-        self.layout = layout
-        self.skipped = 0
-        self.cut = 0
-        # A packing buffer lays many samples out before it looks at the first picture.
-        self._in_a_row: Counter[Stage] = Counter()
-
-    @stateless
-    def preencode_sample(self, sample: RawSample) -> LaidOutSample:
-        try:
-            conversation = lay_out(sample.parts, self.layout)
-        except ValueError as error:
-            self._skip("text", sample.__key__, error)
-        self._in_a_row["text"] = 0
-        return LaidOutSample.derive_from(sample, parts=sample.parts, conversation=conversation)
-
-    @stateless
-    def postencode_sample(self, sample: LaidOutSample) -> EncodedSample:
-        try:
-            encoded = encode_sample(sample.__key__, sample.parts, sample.conversation, self.layout)
-        except ValueError as error:
-            self._skip("pictures", sample.__key__, error)
-        self._in_a_row["pictures"] = 0
-        self.cut += sample.conversation.was_cut
-        return encoded
-
-    def select_samples_to_pack(self, samples: list[LaidOutSample]) -> list[list[LaidOutSample]]:
-        lengths = [len(sample.conversation.tokens) for sample in samples]
-        return [[samples[index] for index in row] for row in pack(lengths, self.layout.seq_length)]
-
-    @stateless
-    def pack_selected_samples(self, samples: list[EncodedSample]) -> Row:
-        if not samples:  # the pictures of all were broken
-            raise SkipSample
-        return Row(samples=samples)
-
-    @stateless
-    def batch(self, samples: list[EncodedSample] | list[Row]) -> Batch:
-        rows = [sample.samples if isinstance(sample, Row) else [sample] for sample in samples]
-        return collate([sample for row in rows for sample in row])
-
-    def _skip(self, stage: Stage, key: str, error: ValueError) -> NoReturn:
-        self.skipped += 1
-        self._in_a_row[stage] += 1
-        print(f"mmcore: sample {key} skipped: {error}", file=sys.stderr, flush=True)
-        if self._in_a_row[stage] == MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(f"{MAX_SKIPPED_IN_A_ROW} samples in a row cannot be used, the last is {key}: {error}")
-        # The only exception that energon takes without a page of output.
-        raise SkipSample from None

@@ -7,10 +7,12 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from mmcore.commands.generate import GenerateConfig, answer
+from mmcore.commands.generate import GenerateConfig, answer, layout
 from mmcore.config import ParallelConfig
 from mmcore.constants import TOKENIZER_DIR
+from mmcore.data.tokenizer import load_tokenizer
 from mmcore.evaluation.task import Example
+from mmcore.models.architecture import PictureArch
 from tests import tiny
 from tests.data.fabricated import picture
 from tests.data.vocabularies import spaced
@@ -46,3 +48,27 @@ def test_answers_end_where_the_template_ends_them(
     assert (len(with_picture.images), len(without.images)) == (1, 0)
     assert tiny.VISION.num_image_embeddings == sum(id == architecture.image_token_id for id in with_picture.tokens)
     assert architecture.image_token_id not in without.tokens
+
+
+def test_pictures_are_cut_as_in_training(tmp_path: Path) -> None:
+    spaced(tmp_path / TOKENIZER_DIR, SPECIAL)
+    (tmp_path / "picture.png").write_bytes(picture(0, (60, 21)))
+    tokenizer = load_tokenizer(tmp_path / TOKENIZER_DIR)
+    example = Example(id="a", prompt="What?", image=tmp_path / "picture.png", references=())
+    architecture = replace(tiny.architecture(), conversation="vicuna_v1", image_token_id=1 << 20)
+    tilings = {
+        "anyres": {"grid_pinpoints": ((16, 32), (32, 16))},
+        "dynamic": {"max_num_tiles": 6, "tile_tags": True},
+    }
+    for tiling, options in tilings.items():
+        pictures: Any = PictureArch(mode="squash", tiling=tiling, **options)
+        prompt = layout(example, tokenizer, replace(architecture, pictures=pictures))
+        num_places = prompt.tokens.count(architecture.image_token_id)
+        assert len(prompt.images) == {"anyres": 3, "dynamic": 4}[tiling]
+        if tiling == "anyres":
+            assert prompt.image_sources is not None and len(prompt.image_sources) == num_places
+        else:
+            assert prompt.image_sources is None and num_places == 4 * tiny.VISION.num_image_embeddings
+    (tmp_path / "picture.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"picture\.png of example a: not a picture"):
+        layout(example, tokenizer, replace(architecture, pictures=pictures))

@@ -272,6 +272,7 @@ def test_samples_can_be_looked_at(faulty: Path, checkpoint: Path, tmp_path: Path
         (("--seq-length", 0), "--seq-length must be above 0, not 0"),
         (("--max-longer", 2), "--max-longer is a fraction"),
         (("--conversation", "vicuna"), "no conversation template 'vicuna', did you mean 'vicuna_v1'?"),
+        (("--seq-length", 4), "seq-length 4 has no room for a picture (up to 4 tokens) and text"),
         (("--conversation", "llama3"), "has no control token '<|eot_id|>'"),
         (("--split", "val"), "val"),
         (("--output", "OUTPUT", "--show-key", "nobody"), "no sample that was looked at has the key --show-key nobody"),

@@ -6,6 +6,7 @@ import torch
 from mmcore.config import ParallelConfig
 from mmcore.inference.generator import Prompt, generate
 from tests import ranks, tiny
+from tests.models.test_pictures import ANYRES, anyres_sample
 
 LAYOUTS = {
     "tp1": (ParallelConfig(), 1),
@@ -70,3 +71,32 @@ def test_an_answer_ends_at_its_end_token_and_does_not_depend_on_its_batch(expect
     for batch_size in (1, 8):
         answers, _ = ranks.run(ours, ParallelConfig(), 1, ParallelConfig(), end_id, batch_size)[0]
         assert answers == cut
+
+
+def tiled_prompts() -> list[Prompt]:
+    """Of one length, so that they are batched, each with other pixels."""
+    samples = [anyres_sample(seed, (30, 17)) for seed in range(3)]
+    tokens = samples[0].tokens.tolist()
+    return [
+        Prompt(tokens=tokens, images=sample.images.flip(-1), image_sources=sample.image_sources) for sample in samples
+    ]
+
+
+@torch.no_grad()
+def plain_and_batched_tiles() -> tuple[list[list[int]], list[list[int]]]:
+    model = tiny.build(ParallelConfig(), arch=ANYRES).eval()
+    plain = []
+    for prompt in tiled_prompts():
+        tokens = list(prompt.tokens)
+        for _ in range(NEW):
+            logits = model(torch.tensor([tokens]), prompt.images, image_sources=prompt.image_sources)
+            tokens.append(int(logits[-1].argmax()))
+        plain.append(tokens[len(prompt.tokens) :])
+    return plain, generate(model, tiled_prompts(), end_id=-1, max_new_tokens=NEW, batch_size=8)
+
+
+def test_pictures_in_tiles() -> None:
+    """Sources of a batch count on from picture to picture."""
+    plain, batched = ranks.run(plain_and_batched_tiles, ParallelConfig(), 1)[0]
+    assert len({tuple(answer) for answer in plain}) > 1, "all answers are alike: the test would see nothing"
+    assert batched == plain

@@ -12,7 +12,7 @@ CONVERTERS = Path(__file__).parents[2] / "tools" / "converters"
 sys.path.insert(0, str(CONVERTERS))  # where Python puts it when a converter runs as a script
 
 from open_clip.model import CLIP  # noqa: E402
-from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM  # noqa: E402
+from transformers import LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM  # noqa: E402
 
 State = dict[str, torch.Tensor]
 
@@ -88,11 +88,14 @@ def build_tower(kind: type, **changes: object) -> torch.nn.Module:
     return _moderate(kind(kind.config_class(**tower)))
 
 
-def build_llava(tower: type, language: type, **changes: object) -> LlavaForConditionalGeneration:
+def build_llava(
+    tower: type, language: type, whole: type = LlavaForConditionalGeneration, **changes: object
+) -> LlavaForConditionalGeneration:
     """A LLaVA of transformers: a tower of `build_tower`, a vocabulary of 160 with the image token 150 in it.
 
     Args:
         tower, language: CLIPVisionConfig or SiglipVisionConfig; LlamaConfig, MistralConfig or Qwen2Config.
+        whole: LlavaForConditionalGeneration or LlavaNextForConditionalGeneration.
         changes: to its configuration; "text" and "vision" to those of its parts.
     """
     text = {
@@ -108,8 +111,8 @@ def build_llava(tower: type, language: type, **changes: object) -> LlavaForCondi
         **changes.pop("text", {}),
     }
     vision = _vision_config(**{"hidden_size": 48, **changes.pop("vision", {})})
-    config = LlavaConfig(vision_config=tower(**vision), text_config=language(**text), image_token_index=150, **changes)
-    return _moderate(LlavaForConditionalGeneration(config))
+    parts = {"vision_config": tower(**vision), "text_config": language(**text)}
+    return _moderate(whole(whole.config_class(**parts, image_token_index=150, **changes)))
 
 
 def _moderate(model: torch.nn.Module) -> torch.nn.Module:

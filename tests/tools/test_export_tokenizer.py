@@ -17,9 +17,10 @@ import pytest
 import sentencepiece
 import torch
 from chat_templates import GLUES, TEMPLATES
-from hugging_face_config import image_processor, processor
+from hugging_face_config import processor
 from hugging_face_tokenizer import read_tokenizer, with_chat_template, with_image_token
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from picture_processors import image_processor
 from PIL import Image
 from sentencepiece_tokenizer import convert_sentencepiece
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, CLIPVisionModel, MistralForCausalLM
@@ -30,7 +31,8 @@ from mmcore.data.conversation import encode_conversation, encode_prompt
 from mmcore.data.image import preprocess
 from mmcore.data.templates import Turn
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
-from mmcore.models.architecture import load_architecture, save_architecture
+from mmcore.models.architecture import Architecture, load_architecture, save_architecture
+from mmcore.models.presets import default_pictures
 from tests.data.fabricated import write_tokenizer
 from tests.data.vocabularies import byte_level, spaced
 from tests.tools.conftest import build_language, build_tower
@@ -357,7 +359,9 @@ def test_places_of_a_picture_of_every_tower(exported: Path, tmp_path: Path, visi
     assert found is not None
     arch = replace(found, **vision)
     shutil.copytree(exported, tmp_path / "out")
-    for name, content in (("preprocessor", image_processor(arch)), ("processor", processor(arch))):
+    whole = Architecture(vision=arch, pictures=default_pictures(arch))
+    contents = {"preprocessor": image_processor(arch, whole.pictures), "processor": processor(whole)}
+    for name, content in contents.items():
         (tmp_path / "out" / f"{name}_config.json").write_text(json.dumps(content))
     loaded = AutoProcessor.from_pretrained(tmp_path / "out")
     ids = loaded(text="<image>", images=[picture()], add_special_tokens=False)["input_ids"][0]

@@ -116,12 +116,15 @@ def test_equals_the_llava_hf_folder(
     found = load_architecture(tmp_path / "model")
     assert arch.language is not None
     language = replace(arch.language, vocab_size=ROWS)
-    assert found == replace(arch, language=language, image_token_id=ROWS, sources=found.sources)
+    # Beside the weights of LLaVA's own there is what it did to pictures; beside these of the hub there is not.
+    assert (arch.pictures.mode, found.pictures.mode) == ("crop", "pad")
+    others = {"image_token_id": ROWS, "sources": found.sources, "pictures": found.pictures}
+    assert found == replace(arch, language=language, **others)
     assert found.conversation == "vicuna_v1"
     assert [source["file"] for source in found.sources] == ["model.safetensors", "pytorch_model.bin"]
     assert any("image token 150, after the vocabulary; 16 for each image" in line for line in report)
     assert any(f"vision tower: {tmp_path / 'clip-tiny'}" in line for line in report)
-    assert any("image_aspect_ratio 'pad'" in line for line in report)
+    assert any("16 for each image, not square ones by pad" in line for line in report)
 
 
 def test_the_tower_is_found_by_name_or_by_option(tmp_path: Path, folder: Path) -> None:
@@ -196,7 +199,7 @@ def test_a_linear_projector_and_the_class_token(folder: Path, read_checkpoint: C
     assert arch.vision is not None and arch.vision_projection is not None and arch.conversation == "plain"
     assert (arch.vision.feature_layer, arch.vision.drop_class_token) == (-1, False)
     assert arch.vision_projection.projector_type == "affine"
-    assert not any("image_aspect_ratio" in line for line in report)
+    assert arch.pictures.mode == "crop" and any("not square ones by crop" in line for line in report)
 
 
 def test_mistral_and_siglip(tmp_path: Path, llava: Build) -> None:
@@ -232,14 +235,13 @@ def test_a_tower_of_openai(tmp_path: Path, llava: Build, clip: Build) -> None:
                 "model_type": "llava_mpt",
                 "mm_projector_type": "mlp3x_gelu",
                 "mm_vision_select_feature": "cls",
-                "mm_patch_merge_type": "spatial_unpad",
                 "mm_use_im_start_end": True,
                 "mm_resampler_type": "perceiver",
                 "s2": True,
                 "mm_vision_select_layer": "gone",
             },
             r"model_type is 'llava_mpt', .*; mm_projector_type is 'mlp3x_gelu', .*; mm_vision_select_feature is 'cls', "
-            r".*; mm_patch_merge_type is 'spatial_unpad', .*; mm_use_im_start_end is True: it puts .*; "
+            r".*; mm_use_im_start_end is True: it puts .*; "
             r"mm_resampler_type is 'perceiver': .*; s2 is True: .*; mm_vision_select_layer is None",
         ),
         ({"mm_vision_tower": None}, "mm_vision_tower is empty"),
@@ -250,6 +252,16 @@ def test_a_tower_of_openai(tmp_path: Path, llava: Build, clip: Build) -> None:
             "names its vision tower, openai/clip-vit-large-patch14-336",
         ),
         ({"quantization_config": {"load_in_8bit": True}}, "quantised weights"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio 'anyres' with mm_patch_merge_type 'flat'"),
+        ({"mm_patch_merge_type": "spatial_unpad"}, "image_aspect_ratio 'pad' with mm_patch_merge_type 'spatial_unpad'"),
+        (
+            {
+                "image_aspect_ratio": "anyres",
+                "mm_patch_merge_type": "spatial_unpad",
+                "image_grid_pinpoints": "(1x1),...,(6x6)",
+            },
+            r"image_grid_pinpoints '\(1x1\)",
+        ),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type is 'yarn'"),
         ({"num_hidden_layers": 3}, r"unknown: model.layers.3.input_layernorm.weight \[64\]"),
     ],
@@ -304,6 +316,7 @@ def test_equals_its_parts_joined(tmp_path: Path, folder: Path, read_checkpoint: 
             vision=tmp_path / "vision",
             language=tmp_path / "language",
             projector_weights=tmp_path / "mm_projector.bin",
+            image_mode="pad",
             output=tmp_path / "joined",
         )
     )

@@ -13,12 +13,20 @@ import projector
 from checkpoint_folder import StoredTensor, stored_tensors
 from command_line import run
 from conversion import Conversion, OutputConfig, carry_out
+from picture_processors import places
 from weight_files import open_file
 from weight_map import apply
 
 from mmcore.constants import LANGUAGE_MODEL, MODEL_FILE, TOKENIZER_DIR, VISION_MODEL
-from mmcore.models.architecture import Architecture, LanguageArch, ProjectorArch, VisionArch, load_architecture
-from mmcore.models.presets import PROJECTOR, compose
+from mmcore.models.architecture import (
+    Architecture,
+    LanguageArch,
+    PictureArch,
+    ProjectorArch,
+    VisionArch,
+    load_architecture,
+)
+from mmcore.models.presets import PROJECTOR, compose, default_pictures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,17 @@ class CombineConfig(OutputConfig):
     """A trained projector of LLaVA's (mm_projector.bin) instead of a new one; its shapes say what it is."""
     seed: int = 1234
     """Seed of a new projector's weights."""
+    image_mode: Literal["", "crop", "pad", "squash"] = ""
+    """What becomes of pictures that are not square: their middle, a margin, or other proportions; by default what the
+    vision tower saw, crop for CLIP and squash for SigLIP."""
+    tiling: Literal["none", "anyres", "dynamic"] = "none"
+    """Whether pictures are cut into tiles, as LLaVA-NeXT does, or as InternVL and NVLM."""
+    grid_pinpoints: tuple[str, ...] = ()
+    """anyres: HEIGHTxWIDTH in pixels that the tiles may cover together; by default LLaVA-NeXT's, of 2 to 4 tiles."""
+    max_num_tiles: int = 0
+    """dynamic: most tiles of a picture; 0 is InternVL's, 12."""
+    tile_tags: bool = False
+    """dynamic: text before each tile tells which it is, as in NVLM."""
 
 
 def _towers(config: CombineConfig) -> tuple[Architecture, VisionArch, LanguageArch]:
@@ -60,6 +79,31 @@ def _new(config: CombineConfig, vision: VisionArch, language: LanguageArch) -> t
     if config.projector_bias:
         arch = replace(arch, add_bias_linear=config.projector_bias == "true")
     return arch, f"projector {config.projector}, from seed {config.seed}"
+
+
+# Rows and columns of LLaVA-NeXT's grids.
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+MAX_NUM_TILES = 12
+
+
+def _pictures(config: CombineConfig, vision: VisionArch) -> PictureArch:
+    mode = config.image_mode or ("squash" if config.tiling != "none" else default_pictures(vision).mode)
+    pinpoints = tuple(_pinpoint(text) for text in config.grid_pinpoints)
+    most = config.max_num_tiles
+    if config.tiling == "anyres" and not pinpoints:
+        pinpoints = tuple((rows * vision.image_size, columns * vision.image_size) for rows, columns in GRIDS)
+    if config.tiling == "dynamic" and not most:
+        most = MAX_NUM_TILES
+    return PictureArch(
+        mode=mode, tiling=config.tiling, grid_pinpoints=pinpoints, max_num_tiles=most, tile_tags=config.tile_tags
+    )
+
+
+def _pinpoint(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--grid-pinpoints {text} is not HEIGHTxWIDTH, such as 336x672")
+    return int(height), int(width)
 
 
 def plan(config: CombineConfig) -> Conversion:
@@ -86,7 +130,10 @@ def plan(config: CombineConfig) -> Conversion:
     else:
         arch, origin = _new(config, vision, language)
         between = projector.initial_projector(arch, vision.hidden_size, language.hidden_size, config.seed)
-    whole = compose(vision, language, arch, conversation=known.conversation, sources=known.sources)
+    pictures = _pictures(config, vision)
+    if pictures.has_newline:
+        between |= projector.initial_newline(language.hidden_size, config.seed)
+    whole = compose(vision, language, arch, pictures=pictures, conversation=known.conversation, sources=known.sources)
     towers = stored_tensors(config.vision, VISION_MODEL) | stored_tensors(config.language, LANGUAGE_MODEL)
     tokenizer = config.language / TOKENIZER_DIR
     return Conversion(
@@ -97,7 +144,7 @@ def plan(config: CombineConfig) -> Conversion:
         tokenizer=tuple(sorted(tokenizer.iterdir())) if tokenizer.is_dir() else (),
         notes=(
             f"{origin}: " + ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in between.items()),
-            f"image token {whole.image_token_id}; {vision.num_image_embeddings} for each image",
+            f"image token {whole.image_token_id}; {vision.num_image_embeddings} for {places(pictures)}",
         ),
     )
 

@@ -19,6 +19,7 @@ from mmcore.constants import (
     VISION_MODEL,
 )
 from mmcore.models.architecture import Activation, Architecture, VisionArch
+from mmcore.models.presets import default_pictures
 
 Statistic = tuple[float, float, float]
 """Of red, green and blue."""
@@ -32,7 +33,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 # Files that may hold the pixel statistics: transformers 4's of the image processor, 5's of all processors.
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def refuse_quantized(config: dict[str, Any], path: Path) -> None:
 
 def _processor_statistics(folder: Path, family: Family) -> tuple[Statistic, Statistic]:
     """Mean and deviation by which the folder's image processor scales pixels; the family's own if it has none."""
-    for path in (folder / name for name in _PROCESSORS):
+    for path in (folder / name for name in PROCESSORS):
         content = read_json(path) if path.is_file() else {}
         content = content.get("image_processor", content)
         if isinstance(content, dict) and {"image_mean", "image_std"} <= content.keys():
@@ -227,7 +228,7 @@ def plan(config: ConverterConfig, arch: VisionArch, weights: Weights, rows: Sequ
     """
     tensors, dropped = apply(rows, arch.num_layers, weights, config.dtype)
     return Conversion(
-        architecture=Architecture(vision=arch),
+        architecture=Architecture(vision=arch, pictures=default_pictures(arch)),
         tensors=tensors,
         dropped=dropped,
         files=weights.files,

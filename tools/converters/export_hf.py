@@ -28,12 +28,13 @@ from hugging_face_tokenizer import (
     with_image_token,
 )
 from parity.memory import check_memory
+from picture_processors import check_pictures, image_processor
 from safetensors_folder import Shard, split, total_bytes, write_folder
 from torch import Tensor
 from weight_map import DifferencesError, Dtype, Parts, export
 
 from mmcore.constants import IMAGE_TAG, TOKENIZER_DIR
-from mmcore.models.architecture import Architecture, load_architecture, newest
+from mmcore.models.architecture import Architecture, PictureArch, load_architecture, newest
 
 # Tables with a row for each token; those that have to grow do so to a multiple, as llava-hf's own did.
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -93,6 +94,8 @@ def plan(config: ExportConfig) -> Export:
     if config.verify and whole.vision_projection is not None and architecture.vision_projection is None:
         raise ValueError(f"--verify compares all of a checkpoint: leave it out with --part {config.part}")
     hugging_face_config.check_projector(architecture)
+    if architecture.vision_projection is not None:
+        check_pictures(architecture.pictures)
     parts = _tensors(architecture, checkpoint, config.dtype)
     tokenizer, notes = None, []
     if architecture.language is not None:
@@ -131,6 +134,7 @@ def _selected(whole: Architecture, part: str, checkpoint: Path) -> Architecture:
     return Architecture(
         vision=whole.vision if part == "vision" else None,
         language=whole.language if part == "language" else None,
+        pictures=whole.pictures if whole.pictures.tiling == "none" or part != "vision" else PictureArch(mode="squash"),
         conversation=whole.conversation,
     )
 
@@ -145,14 +149,11 @@ def _tensors(architecture: Architecture, checkpoint: Path, dtype: Dtype) -> list
         except DifferencesError as error:
             problems += error.problems
             continue
-        found += [replace(each, shapes=_prefixed(part.prefix, each.shapes)) for each in tensors]
+        for each in tensors:
+            found.append(replace(each, shapes={part.full_name(name): shape for name, shape in each.shapes.items()}))
     if problems:
         raise DifferencesError(problems, str(checkpoint))
     return found
-
-
-def _prefixed(prefix: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {prefix + name: shape for name, shape in shapes.items()}
 
 
 def _with_pictures(
@@ -218,9 +219,9 @@ def _files(
     if architecture.language is not None:
         content[GENERATION_FILE] = hugging_face_config.generation_config(special_ids)
     if architecture.vision is not None:
-        content["preprocessor_config.json"] = hugging_face_config.image_processor(architecture.vision)
+        content["preprocessor_config.json"] = image_processor(architecture.vision, architecture.pictures)
         if architecture.language is not None and tokenizer is not None:
-            content["processor_config.json"] = hugging_face_config.processor(architecture.vision)
+            content["processor_config.json"] = hugging_face_config.processor(architecture)
     files |= {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in content.items()}
     own = checkpoint / TOKENIZER_DIR / GENERATION_FILE  # as llava.py brings it along: it may end at more tokens
     return files | ({GENERATION_FILE: own.read_bytes()} if own.is_file() else {})

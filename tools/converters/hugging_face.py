@@ -14,12 +14,15 @@ from weight_map import DifferencesError, Drop, Dtype, Move, apply
 from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VISION_PROJECTION
 from mmcore.models.architecture import Architecture
 
+NEWLINE = "image_newline"
+
 # What transformers 5 calls a whole model's parts in memory, and the hub's folders do; the first that fits.
 _HUB_PREFIXES = {
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.",
     "model.multi_modal_projector.": "multi_modal_projector.",
     "lm_head.": "language_model.lm_head.",
+    f"model.{NEWLINE}": NEWLINE,
 }
 
 
@@ -33,6 +36,12 @@ class Part:
     """What stands before the names of its rows."""
     rows: tuple[Move | Drop, ...]
     num_layers: int
+    beside: tuple[str, ...] = ()
+    """Names of its rows that are whole without the prefix."""
+
+    def full_name(self, name: str) -> str:
+        """Of a tensor in the whole model, by the name in `rows`."""
+        return name if name in self.beside else self.prefix + name
 
 
 def parts(architecture: Architecture) -> tuple[Part, ...]:
@@ -50,13 +59,26 @@ def parts(architecture: Architecture) -> tuple[Part, ...]:
         found.append(Part(module=VISION_MODEL, prefix=prefix, rows=rows, num_layers=vision.num_layers))
     if between is not None:
         assert vision is not None and language is not None
-        moves = projector.weight_map(between, vision.hidden_size, language.hidden_size, projector.HUGGING_FACE)
-        found.append(Part(module=VISION_PROJECTION, prefix="multi_modal_projector.", rows=moves, num_layers=1))
+        found.append(projector_part(architecture, "multi_modal_projector.", projector.HUGGING_FACE, NEWLINE))
     if language is not None:
         prefix = "language_model." if is_whole else ""
         rows = decoder.weight_map(language)
         found.append(Part(module=LANGUAGE_MODEL, prefix=prefix, rows=rows, num_layers=language.num_layers))
     return tuple(found)
+
+
+def projector_part(architecture: Architecture, prefix: str, names: dict[str, tuple[str, ...]], newline: str) -> Part:
+    """The projector of a whole model.
+
+    Args:
+        prefix, names: what another library calls its layers.
+        newline: what it calls the embedding that ends a row of tiles, where the model has one.
+    """
+    vision, between, language = architecture.vision, architecture.vision_projection, architecture.language
+    assert vision is not None and between is not None and language is not None
+    newline = newline if architecture.pictures.has_newline else ""
+    rows = projector.weight_map(between, vision.hidden_size, language.hidden_size, names, newline)
+    return Part(module=VISION_PROJECTION, prefix=prefix, rows=rows, num_layers=1, beside=(newline,) if newline else ())
 
 
 def canonical_name(name: str) -> str:
@@ -86,7 +108,7 @@ def apply_parts(
     for part in parts:
         own = _owned(weights, owners, part)
         try:
-            stored, left_out = apply([_prefixed(row, part.prefix) for row in part.rows], part.num_layers, own, dtype)
+            stored, left_out = apply([_prefixed(row, part) for row in part.rows], part.num_layers, own, dtype)
         except DifferencesError as error:
             problems += error.problems
             continue
@@ -98,6 +120,9 @@ def apply_parts(
 
 
 def _owner(parts: Sequence[Part], name: str) -> Part | None:
+    for part in parts:
+        if name in part.beside:
+            return part
     return max(
         (part for part in parts if name.startswith(part.prefix)), key=lambda part: len(part.prefix), default=None
     )
@@ -107,7 +132,7 @@ def _owned(weights: Weights, owners: dict[str, Part | None], part: Part) -> Weig
     return weights.renamed(lambda name: name if owners[name] is part else None)
 
 
-def _prefixed(row: Move | Drop, prefix: str) -> Move | Drop:
+def _prefixed(row: Move | Drop, part: Part) -> Move | Drop:
     if isinstance(row, Drop):
-        return replace(row, pattern=prefix + row.pattern)
-    return replace(row, sources={prefix + name: shape for name, shape in row.sources.items()})
+        return replace(row, pattern=part.prefix + row.pattern)
+    return replace(row, sources={part.full_name(name): shape for name, shape in row.sources.items()})

@@ -73,9 +73,12 @@ def config(
         (tower,) = towers.values()
         return tower
     assert vision is not None and language is not None
-    kind: Any = transformers.LlavaConfig
+    pictures = architecture.pictures
+    kind: Any = transformers.LlavaNextConfig if pictures.tiling == "anyres" else transformers.LlavaConfig
+    pinpoints = {"image_grid_pinpoints": [list(pinpoint) for pinpoint in pictures.grid_pinpoints]}
     llava = kind(
         **towers,
+        **(pinpoints if pictures.tiling == "anyres" else {}),
         image_token_index=architecture.image_token_id,
         image_seq_length=vision.num_image_embeddings,
         projector_hidden_act=_ACTIVATIONS[projector.activation],
@@ -83,7 +86,7 @@ def config(
         vision_feature_layer=vision.feature_layer,
         multimodal_projector_bias=projector.add_bias_linear,
         tie_word_embeddings=language.share_embeddings_and_output_weights,
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[kind.__name__.replace("Config", "ForConditionalGeneration")],
         dtype=dtype,
     )
     return _content(llava) | towers
@@ -94,34 +97,12 @@ def generation_config(special_ids: dict[str, int | None]) -> dict[str, Any]:
     return json.loads(transformers.GenerationConfig(**special_ids).to_json_string())
 
 
-def image_processor(arch: VisionArch) -> dict[str, Any]:
-    """preprocessor_config.json: what mmcore.data.image does to a picture, whatever the tower.
-
-    Two differences are beyond it. transformers 5 resizes by torchvision, which rounds in other places;
-    with backend="pil" it does as training. And it rounds the corner of the crop down, training to even:
-    where a picture's longer side, resized, exceeds image_size by 3, 7, 11, ... pixels, engines see it one
-    pixel beside.
-    """
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": arch.image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": arch.image_size, "width": arch.image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(arch.image_mean),
-        "image_std": list(arch.image_std),
-    }
-
-
-def processor(arch: VisionArch) -> dict[str, Any]:
+def processor(architecture: Architecture) -> dict[str, Any]:
     """processor_config.json, which says how many places one picture takes."""
+    arch = architecture.vision
+    assert arch is not None
     return {
-        "processor_class": "LlavaProcessor",
+        "processor_class": "LlavaNextProcessor" if architecture.pictures.tiling == "anyres" else "LlavaProcessor",
         "image_token": IMAGE_TAG,
         "patch_size": arch.patch_dim,
         "num_additional_image_tokens": int(arch.has_class_token),

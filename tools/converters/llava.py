@@ -20,6 +20,7 @@ import qwen2
 from command_line import run
 from conversion import Conversion, ConverterConfig, carry_out
 from hugging_face import apply_parts, canonical_name, parts
+from picture_processors import anyres, places, read_pictures
 from tokenizer_files import find_tokenizer
 from weight_files import open_folder, read_json
 
@@ -30,9 +31,11 @@ FAMILIES = {family.model_type: family for family in (llama.FAMILY, mistral.FAMIL
 # Files of a llava-hf folder that say how it is used, beside its tokenizer's.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "generation_config.json")
 
+# What config.json of a llava-hf folder calls it.
+HUB_KINDS = ("llava", "llava_next")
+
 # Relatives whose pictures become another sequence than one block of patches.
 RELATIVES = {
-    "llava_next": "it cuts pictures into tiles, with learnt separators between their rows",
     "llava_next_video": "it takes videos, and tiles with learnt separators between their rows",
     "llava_onevision": "it cuts pictures into tiles, with learnt separators between their rows",
     "video_llava": "it takes videos, by a second vision tower",
@@ -53,21 +56,22 @@ class LlavaConfig(ConverterConfig):
 
 
 def read_architecture(content: dict[str, Any], path: Path) -> Architecture:
-    """The architecture that the config.json of a llava-hf folder describes.
+    """The architecture that the config.json of a llava-hf folder describes, a LLaVA or a LLaVA-NeXT.
 
     Keys that it lacks mean the defaults of transformers' classes: the hub's llava-1.5-7b-hf leaves out
     even its language model's width.
 
     Args:
-        path: where it was read; pixel statistics are looked for beside it.
+        path: where it was read; what is done to pictures is looked for beside it.
     Raises:
         ValueError: not such a configuration, or it asks for what is not supported.
     """
     import transformers  # seconds, which a folder of LLaVA's own can do without
 
     _refuse_unsupported(content, path)
+    kind = transformers.LlavaNextConfig if content.get("model_type") == "llava_next" else transformers.LlavaConfig
     try:
-        whole: Any = transformers.LlavaConfig(**content)
+        whole: Any = kind(**content)
     except Exception as error:  # its checks raise errors of their own
         raise ValueError(f"{path} is not a configuration that transformers takes ({error})") from None
     text, tower = whole.text_config.to_dict(), whole.vision_config.to_dict()
@@ -76,8 +80,12 @@ def read_architecture(content: dict[str, Any], path: Path) -> Architecture:
     if vision.has_class_token:
         vision = replace(vision, drop_class_token=whole.vision_feature_select_strategy == "default")
     language = decoder.read_architecture(text, path, FAMILIES[text["model_type"]])
+    pictures = read_pictures(path.parent, vision)
+    if kind is transformers.LlavaNextConfig:
+        pictures = anyres(tuple((int(height), int(width)) for height, width in whole.image_grid_pinpoints))
     return Architecture(
         vision=vision,
+        pictures=pictures,
         vision_projection=ProjectorArch(
             ffn_hidden_size=language.hidden_size,
             add_bias_linear=whole.multimodal_projector_bias,
@@ -136,14 +144,14 @@ def plan(config: LlavaConfig) -> Conversion:
         raise ValueError(f"{path}: model_type {kind!r} is not supported: {RELATIVES[kind]}")
     if "mm_vision_tower" in content:
         conversion = original_llava.plan(config, config.vision_tower, content, path)
-    elif kind == "llava" and config.vision_tower is None:
+    elif kind in HUB_KINDS and config.vision_tower is None:
         conversion = _plan_hub(config, content, path)
-    elif kind == "llava":
+    elif kind in HUB_KINDS:
         raise ValueError(f"{path} is of a llava-hf folder, which holds its vision tower: leave out --vision-tower")
     else:
         raise ValueError(
             f"{path}: model_type is {kind!r} and there is no mm_vision_tower: this converter takes llava-hf folders "
-            "('llava') and those of LLaVA's own training"
+            f"({' and '.join(map(repr, HUB_KINDS))}) and those of LLaVA's own training"
         )
     architecture = conversion.architecture
     vision, language = architecture.vision, architecture.language
@@ -158,7 +166,7 @@ def plan(config: LlavaConfig) -> Conversion:
             *encoder.notes(vision),
             *decoder.notes(language, tokenizer),
             f"image token {architecture.image_token_id}, {place} the vocabulary; {vision.num_image_embeddings} for "
-            "each image",
+            f"{places(architecture.pictures)}",
             *conversion.notes,
         ),
     )

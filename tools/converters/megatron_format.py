@@ -67,6 +67,8 @@ def check(architecture: Architecture, config: "OutputConfig") -> None:
         )
     if problems:
         raise ValueError(f"{'; '.join(problems)}: choose sizes that fit")
+    if architecture.pictures.has_newline:
+        raise ValueError("--format megatron: Megatron-LM has no anyres tiling: leave out --tiling anyres")
 
 
 def adapted(conversion: "Conversion", config: "OutputConfig") -> "Conversion":

@@ -16,10 +16,11 @@ import mistral
 import projector
 import siglip
 from conversion import Conversion, ConverterConfig
-from hugging_face import Part, apply_parts
+from hugging_face import Part, apply_parts, projector_part
+from picture_processors import original_pictures
 from weight_files import Weights, open_file, open_folder, read_json
 
-from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VISION_PROJECTION
+from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL
 from mmcore.models.architecture import Architecture, VisionArch
 from mmcore.models.presets import PROJECTOR, VISION, compose
 
@@ -28,6 +29,7 @@ PROJECTORS = ("mlp2x_gelu", "linear")
 
 # Where a model keeps its parts. Only one that tuned its vision tower (or a LLaVA-1.6) holds it.
 TOWER, BETWEEN = "model.vision_tower.vision_tower.", "model.mm_projector."
+NEWLINE = "model.image_newline"
 
 PROJECTOR_FILE = "mm_projector.bin"
 WEIGHTS = (
@@ -86,7 +88,12 @@ def plan(config: ConverterConfig, tower: Path | None, content: dict[str, Any], p
     _check_tower(beside.architecture.vision, place, content, name)
     vision = _with_features(beside.architecture.vision, content)
     language = decoder.read_architecture({**content, "model_type": family.model_type}, path, family)
-    architecture = compose(vision, language, PROJECTOR[content.get("mm_projector_type", "linear")](language))
+    architecture = compose(
+        vision,
+        language,
+        PROJECTOR[content.get("mm_projector_type", "linear")](language),
+        pictures=original_pictures(content, path, vision),
+    )
     parts = _parts(architecture)
     weights = _with_projector(open_folder(config.input), config.input / PROJECTOR_FILE).renamed(canonical_name)
     holds_tower = any(key.startswith(TOWER) for key in weights.headers)
@@ -94,8 +101,6 @@ def plan(config: ConverterConfig, tower: Path | None, content: dict[str, Any], p
     files, notes = weights.files, [f"vision tower: {'its own, built as ' if holds_tower else ''}{place}"]
     if not holds_tower:
         tensors, dropped, files = beside.tensors | tensors, beside.dropped + dropped, (*beside.files, *files)
-    if shape := content.get("image_aspect_ratio"):
-        notes.append(f"it saw pictures by image_aspect_ratio {shape!r}: that is for the data to repeat")
     return Conversion(
         architecture=architecture,
         tensors=tensors,
@@ -107,12 +112,11 @@ def plan(config: ConverterConfig, tower: Path | None, content: dict[str, Any], p
 
 
 def _parts(architecture: Architecture) -> tuple[Part, Part, Part]:
-    vision, between, language = architecture.vision, architecture.vision_projection, architecture.language
-    assert vision is not None and between is not None and language is not None
-    rows = projector.weight_map(between, vision.hidden_size, language.hidden_size, projector.LLAVA)
+    vision, language = architecture.vision, architecture.language
+    assert vision is not None and language is not None
     return (
         Part(module=VISION_MODEL, prefix=TOWER, rows=encoder.weight_map(vision), num_layers=vision.num_layers),
-        Part(module=VISION_PROJECTION, prefix=BETWEEN, rows=rows, num_layers=1),
+        projector_part(architecture, BETWEEN, projector.LLAVA, NEWLINE),
         Part(module=LANGUAGE_MODEL, prefix="", rows=decoder.weight_map(language), num_layers=language.num_layers),
     )
 
@@ -123,7 +127,6 @@ def _refuse_unsupported(content: dict[str, Any], path: Path) -> None:
         ("model_type", tuple(FAMILIES), None),
         ("mm_projector_type", PROJECTORS, "linear"),
         ("mm_vision_select_feature", ("patch", "cls_patch"), "patch"),
-        ("mm_patch_merge_type", ("flat",), "flat"),
     ):
         if (value := content.get(name, default)) not in known:
             wrong.append(f"{name} is {value!r}, known are {', '.join(known)}")

@@ -45,9 +45,9 @@ def original_pictures(content: dict[str, Any], path: Path, vision: VisionArch) -
     pinpoints = content.get("image_grid_pinpoints")
     if shape != ANYRES or merge != "spatial_unpad" or not isinstance(pinpoints, list):
         raise ValueError(
-            f"{path} asks for what is not supported: image_aspect_ratio {shape!r} with mm_patch_merge_type {merge!r} and "
-            f"image_grid_pinpoints {pinpoints!r}; known are {CROP} and {PAD} with flat, and {ANYRES} with spatial_unpad "
-            "and a list"
+            f"{path} asks for what is not supported: image_aspect_ratio {shape!r} with mm_patch_merge_type {merge!r} "
+            f"and image_grid_pinpoints {pinpoints!r}; known are {CROP!r} and {PAD!r} with 'flat', and {ANYRES!r} with "
+            "'spatial_unpad' and a list"
         )
     # There (width, height).
     return anyres(tuple((int(height), int(width)) for width, height in pinpoints))
@@ -99,3 +99,10 @@ def image_processor(arch: VisionArch, pictures: PictureArch) -> dict[str, Any]:
         "image_mean": list(arch.image_mean),
         "image_std": list(arch.image_std),
     }
+
+
+def places(pictures: PictureArch) -> str:
+    """What one square's embeddings are for, in a report."""
+    if pictures.tiling == "none":
+        return f"each image, not square ones by {pictures.mode}"
+    return f"each square of an image, which {pictures.tiling} tiling cuts"

@@ -17,6 +17,9 @@ LLAVA: dict[str, tuple[str, ...]] = {"mlp": ("0.", "2."), "affine": ("",)}
 HUGGING_FACE: dict[str, tuple[str, ...]] = {"mlp": ("linear_1.", "linear_2.")}
 
 
+NEWLINE = f"{VISION_PROJECTION}.image_newline"
+
+
 def layers(arch: ProjectorArch, vision_hidden: int, language_hidden: int) -> dict[str, tuple[int, int]]:
     """mcore's layers, by name: rows and columns of their weights."""
     if arch.projector_type == "affine":
@@ -26,10 +29,16 @@ def layers(arch: ProjectorArch, vision_hidden: int, language_hidden: int) -> dic
 
 
 def weight_map(
-    arch: ProjectorArch, vision_hidden: int, language_hidden: int, names: dict[str, tuple[str, ...]]
+    arch: ProjectorArch,
+    vision_hidden: int,
+    language_hidden: int,
+    names: dict[str, tuple[str, ...]],
+    newline: str = "",
 ) -> tuple[Move, ...]:
     """From the names that another library gives the layers.
 
+    Args:
+        newline: name of the embedding that ends a row of tiles, which others keep beside the projector; none if empty.
     Source: haotian-liu/LLaVA multimodal_projector/builder.py; transformers models/llava/modeling_llava.py.
     """
     rows: list[Move] = []
@@ -38,6 +47,8 @@ def weight_map(
         rows.append(Move(f"{VISION_PROJECTION}.{layer}.weight", {f"{name}weight": shape}))
         if arch.add_bias_linear:
             rows.append(Move(f"{VISION_PROJECTION}.{layer}.bias", {f"{name}bias": shape[:1]}))
+    if newline:
+        rows.append(Move(NEWLINE, {newline: (language_hidden,)}))
     return tuple(rows)
 
 
@@ -82,14 +93,27 @@ def initial_projector(
     for layer, (rows, inputs) in layers(arch, vision_hidden, language_hidden).items():
         for name, shape in (("weight", (rows, inputs)), ("bias", (rows,)))[: 2 if arch.add_bias_linear else 1]:
             values = torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-            tensors[f"{VISION_PROJECTION}.{layer}.{name}"] = StoredTensor(
-                shape=shape,
-                dtype=values.dtype,
-                chunks=(partial(_known, values),),
-                is_stacked=False,
-                origins=(f"random, seed {seed}",),
-            )
+            tensors[f"{VISION_PROJECTION}.{layer}.{name}"] = _stored(values, seed)
     return tensors
+
+
+def initial_newline(language_hidden: int, seed: int) -> dict[str, StoredTensor]:
+    """A random embedding that ends a row of tiles, float32, the same for the same seed.
+
+    Source: LLaVA-NeXT llava/model/llava_arch.py: normal, of deviation 1 / sqrt(width).
+    """
+    values = torch.randn(language_hidden, generator=torch.Generator().manual_seed(seed))
+    return {NEWLINE: _stored(values * language_hidden**-0.5, seed)}
+
+
+def _stored(values: Tensor, seed: int) -> StoredTensor:
+    return StoredTensor(
+        shape=tuple(values.shape),
+        dtype=values.dtype,
+        chunks=(partial(_known, values),),
+        is_stacked=False,
+        origins=(f"random, seed {seed}",),
+    )
 
 
 def _known(values: Tensor) -> Tensor:

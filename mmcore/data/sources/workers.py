@@ -37,8 +37,13 @@ def _in_processes(function: Callable[[Item], Result], items: Sequence[Item], wor
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (function,))
     pending: deque[Future[list[Result]]] = deque()
     try:
-        for chunk in itertools.islice(chunks, workers * CHUNKS_AHEAD):
-            pending.append(pool.submit(_run, chunk))
+        # Ctrl-C reaches all of them, and the parent ends the others, which ignore it from their first moment on.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for chunk in itertools.islice(chunks, workers * CHUNKS_AHEAD):
+                pending.append(pool.submit(_run, chunk))
+        finally:
+            signal.signal(signal.SIGINT, handler)
         while pending:
             done = pending.popleft().result()
             pending.extend(pool.submit(_run, chunk) for chunk in itertools.islice(chunks, 1))
@@ -49,7 +54,6 @@ def _in_processes(function: Callable[[Item], Result], items: Sequence[Item], wor
 
 def _start(function: Callable[[Any], Any]) -> None:
     global _function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of them; the parent ends the others
     _function = function
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

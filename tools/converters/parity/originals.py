@@ -68,6 +68,8 @@ def open_original(paths: Sequence[Path], architecture: Architecture) -> Original
         return _tower(path, TOWERS[kind])
     if kind == "llava":
         return _llava(path)
+    if kind == "llava_next":
+        return _llava_next(path)
     if kind in fused_llama.MODEL_TYPES:
         return _fused_llama(path, config)
     if kind is not None:  # timm's folders of open_clip's models have a config.json without one
@@ -127,7 +129,6 @@ def _tower(folder: Path, kind: str) -> Original:
 def _llava(folder: Path) -> Original:
     name = "LlavaForConditionalGeneration"
     model = _pretrained(name, folder)
-    vision, language = model.model.vision_tower, model.model.language_model
 
     def read(tokens: Tensor, is_image: Tensor, images: Tensor | None) -> Tensor:
         # Whatever id the image token has, it is replaced: one that the text lacks will do.
@@ -136,6 +137,28 @@ def _llava(folder: Path) -> Original:
         tokens = tokens.masked_fill(is_image, model.config.image_token_id)
         return model(input_ids=tokens, pixel_values=images, use_cache=False).logits
 
+    return _whole(name, model, read)
+
+
+def _llava_next(folder: Path) -> Original:
+    """Given squares whose features stand in the sequence one after the other, without what ends their rows."""
+    name = "LlavaNextForConditionalGeneration"
+    model = _pretrained(name, folder)
+    config, whole = model.config, model.model
+
+    def read(tokens: Tensor, is_image: Tensor, images: Tensor | None) -> Tensor:
+        embeddings = model.get_input_embeddings()(tokens.masked_fill(is_image, 0))  # [b, s, h]
+        if images is not None:
+            hidden = whole.vision_tower(images, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+            chosen = hidden[:, int(config.vision_feature_select_strategy == "default") :]
+            embeddings[is_image] = whole.multi_modal_projector(chosen).flatten(0, 1)
+        return model(inputs_embeds=embeddings, use_cache=False).logits
+
+    return _whole(name, model, read)
+
+
+def _whole(name: str, model: Any, read: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> Original:
+    vision, language = model.model.vision_tower, model.model.language_model
     return Original(
         name=f"transformers' {name}",
         tower=vision,

@@ -55,9 +55,11 @@ def build_probe(architecture: Architecture, seed: int = 0) -> dict[str, dict[str
 
 
 def unreached(architecture: Architecture) -> list[str]:
-    """What lies too far into a sequence for the probe."""
+    """What lies too far into a sequence for the probe, or is not in it."""
     language = architecture.language
-    return [f"no probe reaches beyond {name}" for name, end in _ends(language).items() if end > FAR] if language else []
+    ends = _ends(language) if language else {}
+    reasons = [f"no probe reaches beyond {name}" for name, end in ends.items() if end > FAR]
+    return reasons + ["no probe has the embedding that ends a row of tiles"] * architecture.pictures.has_newline
 
 
 def _ends(language: LanguageArch) -> dict[str, int]:
