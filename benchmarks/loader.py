@@ -31,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = (0, 2)
-BARE, LLAVA, ENERGON, OURS = "bare decode and resize", "DataLoader, Pillow", "energon, documented", "mmcore"
+BARE, LLAVA, TORCHVISION = "bare decode and resize", "DataLoader, Pillow", "DataLoader, torchvision"
+WEBDATASET, ENERGON, OURS = "webdataset", "energon, documented", "mmcore"
+NAMES = (BARE, LLAVA, TORCHVISION, WEBDATASET, ENERGON, OURS)
 # Of ours to another's samples a second, at least.
 BARS = {BARE: 0.9, LLAVA: 2.0, ENERGON: 3.0}
 MAX_RESTORE, MAX_WORKER_MEMORY = 1.0, 300.0  # seconds, MB
@@ -117,7 +119,6 @@ def open_ours(folder: Path, workers: int, states: tuple[bytes, ...] = ()) -> Any
             image_size=IMAGE_SIZE,
             num_square_embeddings=NUM_IMAGE_EMBEDDINGS,
             background=(122, 116, 104),
-            resize="fast",
         ),
         micro_batch_size=1,
         data_parallel_rank=0,
@@ -141,8 +142,8 @@ def speed(name: str, folder: Path, workers: int, count: int) -> tuple[float, flo
         return peers.bare_loop(folder, workers, count)
     loaders: dict[str, Callable[[Path, int], Generator[int, None, None]]] = {
         LLAVA: peers.pillow_files,
-        "DataLoader, torchvision": peers.torchvision_files,
-        "webdataset": peers.webdataset_shards,
+        TORCHVISION: peers.torchvision_files,
+        WEBDATASET: peers.webdataset_shards,
         ENERGON: peers.documented_energon,
         OURS: ours,
     }
@@ -226,8 +227,10 @@ def _answer(answers: Any, work: Callable[..., Any], arguments: tuple[Any, ...]) 
     os._exit(0)  # whatever threads energon has left behind
 
 
-def measure(folder: Path, count: int, rounds: int, workers: tuple[int, ...] = WORKERS) -> dict[str, Any]:
-    names = [BARE, LLAVA, "DataLoader, torchvision", "webdataset", ENERGON, OURS]
+def measure(
+    folder: Path, count: int, rounds: int, workers: tuple[int, ...] = WORKERS, names: tuple[str, ...] = NAMES
+) -> dict[str, Any]:
+    """All loaders in turn, several times over; see this file's docstring."""
     speeds: dict[int, dict[str, list[tuple[float, float]]]] = {
         number: {name: [] for name in names} for number in workers
     }

@@ -17,7 +17,8 @@ from mmcore.constants import EXIT_DONE, EXIT_FAULT, TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, load_architecture, newest, with_image_mode
 
 if TYPE_CHECKING:
-    from mmcore.data.inspection import Plan, Tally
+    from mmcore.data.inspection import Plan
+    from mmcore.data.tally import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmcore.data.dataset import Dataset
-from mmcore.data.inspection import MAX_ENLARGED, MAX_EXAMPLES, Plan, Tally, open_plan
+from mmcore.data.inspection import MAX_ENLARGED, Plan, open_plan
 from mmcore.data.padding import draw, padding
+from mmcore.data.tally import MAX_EXAMPLES, Tally
 
 MAX_BINS = 24
 

@@ -164,7 +164,7 @@ def resize(image: Picture, size: tuple[int, int]) -> "Tensor":
     Raises:
         ValueError: it would take more than MAX_PIXELS.
     """
-    # Both resize the width first, so the picture between has the new width and the old height.
+    # The picture between has the new width and the old height. (Where Pillow 13 begins with the height, it shrinks it.)
     _refuse_above_limit(image, size[0] * max(size[1], _size(image)[1]))
     if isinstance(image, Image.Image):
         return to_tensor(image.resize(size, Image.Resampling.BICUBIC))

@@ -7,17 +7,13 @@ of one picture. Nothing else grows with the dataset.
 """
 
 import functools
-import hashlib
 import json
-from array import array
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmcore.constants import IMAGE_TAG
 from mmcore.data.conversation import EncodedConversation
@@ -25,21 +21,17 @@ from mmcore.data.dataset import Dataset, RawSample, Source, open_dataset
 from mmcore.data.image import picture_size
 from mmcore.data.pictures import Pictures
 from mmcore.data.sources.workers import map_in_order
+from mmcore.data.tally import Example, Prints, Tally
 from mmcore.data.task_encoder import Layout, build_layout, lay_out, picture_files
 from mmcore.data.tokenizer import load_tokenizer
 
 # Samples that a process looks at before it reports.
 STRETCH = 8
 
-# Examples of each finding that are kept.
-MAX_EXAMPLES = 5
-
 # A picture that is enlarged more than so many times is a notice.
 MAX_ENLARGED = 2
 
 UNLIMITED = 1 << 62
-
-Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,89 +55,11 @@ class Plan:
     """Keys of samples to be found."""
 
 
-class Example(NamedTuple):
-    """One sample of a finding."""
-
-    shard: str
-    key: str
-    detail: str
-
-
 class Opened(NamedTuple):
     """What a plan names."""
 
     dataset: Dataset
     layout: Layout
-
-
-@dataclass(slots=True)
-class Prints:
-    """Fingerprints of 8 bytes, each with the number of the sample that it is of."""
-
-    values: "array[int]" = field(default_factory=lambda: array("Q"))
-    owners: "array[int]" = field(default_factory=lambda: array("I"))
-
-    def add(self, content: bytes, owner: int) -> None:
-        self.values.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-        self.owners.append(owner)
-
-    def extend(self, other: "Prints") -> None:
-        self.values.extend(other.values)
-        self.owners.extend(other.owners)
-
-    def repeated(self) -> tuple[Integers, Integers]:
-        """Places of all that are the same as an earlier one; of the first few, also the earliest one's."""
-        values = np.asarray(self.values)
-        order = np.argsort(values, kind="stable")
-        ordered = values[order]
-        again = np.sort(order[1:][ordered[1:] == ordered[:-1]])
-        return again, order[np.searchsorted(ordered, values[again[:MAX_EXAMPLES]])]
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was counted of one source."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    """Samples, and tokens by what they are."""
-    lengths: Counter[int] = field(default_factory=Counter)
-    """Samples by tokens, before any is cut."""
-    used: Counter[int] = field(default_factory=Counter)
-    """Samples that can be trained on, by tokens, the longest cut."""
-    pictures: Counter[int] = field(default_factory=Counter)
-    """Samples by number of pictures."""
-    found: Counter[str] = field(default_factory=Counter)
-    """Samples, or pictures, by finding."""
-    examples: dict[str, list[Example]] = field(default_factory=dict)
-    ids: tuple[int, int] | None = None
-    """Lowest and highest token id."""
-    keys: Prints = field(default_factory=Prints)
-    files: Prints = field(default_factory=Prints)
-    """Of the pictures."""
-    wanted: dict[str, int] = field(default_factory=dict)
-    """Numbers of the samples that were to be found."""
-
-    def find(self, finding: str, example: Example, count: int = 1) -> None:
-        self.found[finding] += count
-        examples = self.examples.setdefault(finding, [])
-        if len(examples) < MAX_EXAMPLES:
-            examples.append(example)
-
-    def add(self, other: "Tally") -> None:
-        """Add what was counted of the samples behind these."""
-        for name in ("counts", "lengths", "used", "pictures", "found"):
-            getattr(self, name).update(getattr(other, name))
-        for finding, examples in other.examples.items():
-            self.examples[finding] = (self.examples.get(finding, []) + examples)[:MAX_EXAMPLES]
-        self.see(other.ids or ())
-        self.keys.extend(other.keys)
-        self.files.extend(other.files)
-        self.wanted = {**other.wanted, **self.wanted}
-
-    def see(self, ids: Sequence[int]) -> None:
-        if ids:
-            seen = (*ids, *(self.ids or ()))
-            self.ids = min(seen), max(seen)
 
 
 @functools.lru_cache(1)

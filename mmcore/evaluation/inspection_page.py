@@ -57,7 +57,7 @@ svg .limit { stroke: var(--wrong); stroke-dasharray: 5 4; }
 .t.trained { background: var(--right-soft); box-shadow: inset 0 -2px var(--right); }
 .t.control { color: var(--control); background: var(--control-soft); padding: 2px 5px; }
 .t.control.trained { background: var(--right-soft); }
-.t.image { color: var(--card); background: var(--accent); padding: 2px 8px; }
+.t.image { color: var(--card); background: var(--accent); padding: 2px 8px; white-space: nowrap; }
 .t.unknown { color: var(--wrong); background: var(--wrong-soft); padding: 2px 5px; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 0 0 14px; font-size: 14px; color: var(--quiet); }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }

@@ -85,12 +85,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 good samples, one of each fault, one behind the window, one key and one picture twice, one left out."""
+    """20 good samples, one of each fault, two too long, a key and a picture twice, half a letter, one left out."""
     samples = [(f"good{seed}", good(seed)) for seed in range(20)]
     samples += list(FAULTS.values())
     samples.append(("long", {"json": talk("what", "one " * WINDOW)}))
     samples.append(("unheard", {"json": talk("what " * WINDOW, "one")}))
     samples.append(("good3", {"png": picture(7), "json": talk("<image>again", ATTACK)}))
+    samples.append(("half", {"json": talk("what", "half a surrogate pair \ud800")}))
     samples.append(("left_out", {"json": b"no json"}))
     output = write(tmp_path_factory.mktemp("inspect") / "faulty", samples)
     place = list(dict(samples)).index("damaged")  # its header becomes noise
@@ -126,15 +127,17 @@ def test_every_fault_is_found_and_counted(faulty: Path, checkpoint: Path, tmp_pa
     assert code == 1 and not report["passed"]
     assert counts(report) == {
         **dict.fromkeys(FAULTS, 1),
+        "no_layout": 2,
         "nothing_trained": 2,
         "longer": 3,
         "text_only": 3,
         "repeated_key": 1,
         "repeated_picture": 1,
-        "too_few": 17,
+        "too_few": 16,
     }
     more = {
         "unreadable": [""],
+        "no_layout": ["garbled", "half"],
         "nothing_trained": ["silent", "unheard"],
         "longer": ["late", "long", "unheard"],
         "repeated_key": ["good3"],
@@ -152,8 +155,8 @@ def test_every_fault_is_found_and_counted(faulty: Path, checkpoint: Path, tmp_pa
     }
     assert told["repeated_key"][0]["detail"] == "also in sample good3 of train_000000.tar"
     assert "train_000002.tar" in told["unreadable"][0]["detail"]
-    assert report["counts"]["samples"] == 32 and report["counts"]["excluded"] == 1
-    assert report["num_samples"] == 33
+    assert report["counts"]["samples"] == 33 and report["counts"]["excluded"] == 1
+    assert report["num_samples"] == 34
     # 20 good ones, tiny, text, long (cut), and good3's namesake.
     assert report["sources"][0]["usable"] == 24
 
@@ -256,9 +259,9 @@ def test_a_window_may_be_too_small_for_some(checkpoint: Path, tmp_path: Path) ->
 
 
 def test_samples_can_be_looked_at(faulty: Path, checkpoint: Path, tmp_path: Path) -> None:
-    inspected(tmp_path, faulty, checkpoint, "--workers", 1, "--show", 33, "--show-key", "good3")
+    inspected(tmp_path, faulty, checkpoint, "--workers", 1, "--show", 34, "--show-key", "good3")
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<article") == 33 and "<script" not in page
+    assert page.count("<article") == 34 and "<script" not in page
     assert page.index("<h3>good3 ") < page.index("<h3>good0 ")
     assert "&lt;s&gt;</span>" in page and '<span class="t image" title="id 300">image \u00d7 4</span>' in page
     assert "the dataset&#x27;s metadata leaves it out" in page and "\\u202e" in page

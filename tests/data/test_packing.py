@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from benchmarks.packing import draw_lengths, packed_fill, padded_fill
 from mmcore.data.packing import pack
 
 
@@ -41,16 +42,30 @@ def test_what_fits_no_row_is_no_sample() -> None:
         pack([5, 11], 10)
 
 
-@pytest.mark.parametrize("seq_length", [4096, 8192])
-def test_fill(seq_length: int) -> None:
-    """LLaVA-665k: 576 embeddings of a picture and a conversation of some hundred tokens; two in fifteen are text.
-
-    Rows of 2048 cannot be filled so far by anything: two such samples leave room for no third.
-    """
-    draw = random.Random(0)
+@pytest.mark.parametrize("seed", range(20))
+def test_the_fewest_rows_where_first_fit_needs_more(seed: int) -> None:
+    """Cut rows without a gap into samples: first fit seldom finds them again, and filling row by row mostly does."""
+    draw = random.Random(seed)
     lengths = []
-    for _ in range(1000):
-        text = min(int(draw.lognormvariate(5.4, 0.6)), seq_length - 576)
-        lengths.append(max(8, text) + (0 if draw.random() < 2 / 15 else 576))
-    rows = pack(lengths, seq_length)
-    assert sum(lengths) / (len(rows) * seq_length) >= 0.97
+    for _ in range(30):
+        cuts = sorted(draw.sample(range(1, 100), 4))
+        lengths += [end - start for start, end in zip([0, *cuts], [*cuts, 100], strict=True)]
+    assert len(pack(lengths, 100)) == 30
+
+
+def test_the_better_of_the_two_ways() -> None:
+    # First fit takes 5 + 4, then 3 + 3 + 3, and has 2 left.
+    assert pack([5, 4, 3, 3, 3, 2], 10) == [[0, 2, 5], [1, 3, 4]]
+    # Row by row takes 5 + 3 + 2, then 4 + 4 and 4 + 4, and has 3 left.
+    assert pack([5, 4, 4, 4, 4, 3, 3, 2], 10) == [[0, 1], [2, 3, 7], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("seq_length", "buffer_size", "least"),
+    [(2048, 512, 0.88), (4096, 256, 0.97), (8192, 256, 0.97), (4096, 512, 0.98), (8192, 512, 0.98)],
+)
+def test_fill(seq_length: int, buffer_size: int, least: float) -> None:
+    """Rows of 2048 cannot be filled so far by anything: two samples with pictures leave room for few third ones."""
+    lengths = draw_lengths(4096, seq_length)
+    assert packed_fill(lengths, seq_length, buffer_size) >= least
+    assert padded_fill(lengths, 16) < 0.65

@@ -1,6 +1,7 @@
 """What a picture becomes in every mode and tiling: the sequence that its header promises, and the squares for it."""
 
 import io
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from mmcore.data.task_encoder import Layout, encode_sample, lay_out
 from mmcore.data.templates import Turn
 from mmcore.data.tiling import anyres_layout
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
-from tests.data.fabricated import picture, pictures
+from tests.data import fabricated
+from tests.data.fabricated import loader, picture, pictures, write_shards
 
 IMAGE = 1 << 20
 ANYRES: dict[str, Any] = {"tiling": "anyres", "mode": "squash", "grid_pinpoints": ((16, 32), (32, 16), (32, 32))}
@@ -220,3 +222,21 @@ def test_pictures_beyond_the_cut_are_not_decoded(tokenizer: Tokenizer) -> None:
     second = whole.tokens.tolist().index(IMAGE, 6)
     cut = sample(tokenizer, {}, TALL, WIDE[:300], seq_length=second)
     assert torch.equal(cut.images, whole.images[:1]) and len(cut.tokens) == second
+
+
+@pytest.mark.parametrize("tiling", [ANYRES, {**DYNAMIC, "tile_tags": True}])
+def test_packed_batches_of_tiles(tmp_path: Path, tiling: dict[str, Any]) -> None:
+    """From shards to batches: as many embeddings as places, and no source beyond the features."""
+    own = fabricated.tokenizer(tmp_path / "tokenizer")
+    path = write_shards(tmp_path / "shards", 12)
+    data = {"seq_length": 256, "packing_buffer_size": 6}
+    seen = pictures(own.vocab_size, **tiling)
+    stream = loader(path, own, data=data, pictures=seen, micro_batch_size=2)
+    for batch in itertools.islice(stream, 3):
+        assert len(batch.keys) > 2
+        num_features, num_places = 4 * len(batch.images), int((batch.tokens == own.vocab_size).sum())
+        if batch.image_sources is None:
+            assert tiling is not ANYRES and num_places == num_features
+        else:
+            assert len(batch.image_sources) == num_places and int(batch.image_sources.max()) < num_features
+            assert len(batch.image_sources[batch.image_sources >= 0].unique()) > num_features / 2

@@ -1,4 +1,4 @@
-"""Convert a whole LLaVA: the hub's llava-hf folder, or one as LLaVA's own training leaves it.
+"""Convert a whole LLaVA or LLaVA-NeXT: the hub's llava-hf folder, or one as LLaVA's own training leaves it.
 
 `python tools/converters/llava.py --input llava-1.5-7b-hf --output model`
 `python tools/converters/llava.py --input llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --output model`

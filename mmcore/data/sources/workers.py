@@ -36,6 +36,7 @@ def _in_processes(function: Callable[[Item], Result], items: Sequence[Item], wor
     # Not forked: this process may have threads, a progress bar's for one.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (function,))
     pending: deque[Future[list[Result]]] = deque()
+    others = set(multiprocessing.active_children())
     try:
         # Ctrl-C reaches all of them, and the parent ends the others, which ignore it from their first moment on.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -48,6 +49,10 @@ def _in_processes(function: Callable[[Item], Result], items: Sequence[Item], wor
             done = pending.popleft().result()
             pending.extend(pool.submit(_run, chunk) for chunk in itertools.islice(chunks, 1))
             yield from done
+    except BaseException:  # nobody wants what they are at, or still loading for
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
