@@ -258,6 +258,13 @@ def test_a_window_may_be_too_small_for_some(checkpoint: Path, tmp_path: Path) ->
     assert code == 0 and counts(report) == {"longer": 1, "text_only": 1}
 
 
+def test_the_first_examples_are_kept(checkpoint: Path, tmp_path: Path) -> None:
+    samples = {f"{number:02}": {"json": talk("what", " ")} for number in range(20)}
+    _, report = inspected(tmp_path / "output", write(tmp_path / "dataset", samples), checkpoint, "--workers", 1)
+    assert keys(report, "nothing_trained") == ["00", "01", "02", "03", "04"]
+    assert counts(report) == {"nothing_trained": 20}
+
+
 def test_samples_can_be_looked_at(faulty: Path, checkpoint: Path, tmp_path: Path) -> None:
     inspected(tmp_path, faulty, checkpoint, "--workers", 1, "--show", 34, "--show-key", "good3")
     page = (tmp_path / "report.html").read_text()
