@@ -35,7 +35,7 @@ def files(folder: Path) -> list[Path]:
 
 def torch_square(data: bytes) -> Tensor:
     """Decode and resize by torchvision, as this project's loader does: uint8 [3, h, w]."""
-    return preprocess(decode_pixels(data), IMAGE_SIZE)
+    return preprocess(decode_pixels(data), IMAGE_SIZE).contiguous()
 
 
 def pillow_square(path: Path) -> Tensor:

@@ -102,7 +102,7 @@ class DataConfig:
     shuffle_buffer_size: int = 1000
     """Samples of a stream that are shuffled among each other, beyond the shuffling of blocks of 100; 0 keeps the
     order."""
-    packing_buffer_size: int = 512
+    packing_buffer_size: int = 256
     """Samples that are looked at to fill rows of seq-length, which batch sizes count then. 0 packs none: each sample is
     a row."""
     max_skipped: float = 0.01

@@ -4,11 +4,15 @@ b samples, s tokens, n images (or tiles), t trained tokens of the whole batch.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,6 +48,16 @@ class Batch:
     max_seqlen: int
     """Tokens of the longest sample."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For the way out of a worker: all but the pictures as numpy, since each tensor would cost shared memory."""
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        small = {name: part.numpy() for name, part in parts.items() if isinstance(part, Tensor) and name != "images"}
+        return {**parts, **small}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, part in state.items():
+            setattr(self, name, torch.from_numpy(part) if isinstance(part, np.ndarray) else part)
+
 
 def collate(samples: Sequence[EncodedSample], num_sources: int = 1) -> Batch:
     """Put samples one after the other: no padding; attention and positions begin anew with each."""
@@ -57,13 +71,27 @@ def collate(samples: Sequence[EncodedSample], num_sources: int = 1) -> Batch:
         labels=torch.cat([sample.labels for sample in samples])[None],
         loss_mask=loss_mask[None],
         loss_positions=loss_mask.nonzero().squeeze(-1),
-        images=torch.cat([sample.images for sample in samples]),
+        images=join_images([sample.images for sample in samples]),
         image_sources=join_image_sources(
             [sample.image_sources for sample in samples], [sample.num_features for sample in samples]
         ),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         max_seqlen=max(lengths),
     )
+
+
+def join_images(images: Sequence[Tensor]) -> Tensor:
+    """Pictures of several samples, contiguous: uint8 [n, 3, h, w].
+
+    In a worker they are put at once into the memory that is handed to the training process.
+    """
+    shape = (sum(map(len, images)), *images[0].shape[1:])
+    if get_worker_info() and shape[0]:
+        shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate
+        joined = torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
+    else:
+        joined = torch.empty(shape, dtype=torch.uint8)
+    return torch.cat(list(images), out=joined) if shape[0] else joined
 
 
 def join_image_sources(sources: Sequence[Tensor | None], num_features: Sequence[int]) -> Tensor | None:

@@ -15,13 +15,30 @@ ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant
 class EncodedConversation:
     """A sequence of s positions, each with the token to predict there."""
 
-    tokens: list[int]  # [s]; image_token_id once for every image embedding
-    labels: list[int]  # [s]; the next token, 0 where it is not trained
-    loss_mask: list[float]  # [s]; 1 where the next token is trained, else 0
+    ids: list[int]  # [s + 1]; image_token_id once for every image embedding, and the token after the last position
+    is_trained: list[bool]  # [s]; whether a position's next token is
     num_images: int
     """Pictures that are left in it, which are the first ones."""
     was_cut: bool
     """Whether it was longer than seq_length."""
+
+    def __len__(self) -> int:
+        return len(self.is_trained)
+
+    @property
+    def tokens(self) -> list[int]:
+        """[s]; what the model reads."""
+        return self.ids[:-1]
+
+    @property
+    def labels(self) -> list[int]:
+        """[s]; the next token, 0 where it is not trained."""
+        return [id if is_trained else 0 for id, is_trained in zip(self.ids[1:], self.is_trained, strict=True)]
+
+    @property
+    def loss_mask(self) -> list[float]:
+        """[s]; 1 where the next token is trained, else 0."""
+        return [float(is_trained) for is_trained in self.is_trained]
 
 
 def read_turns(conversations: Any) -> list[Turn]:
@@ -154,14 +171,15 @@ def _joined(segments: Iterable[Segment], pictures: Sequence[Sequence[int]], imag
     joined = _Joined([], [], [])
     num_tags = 0
     for segment in segments:
-        for id in segment.ids:
-            if id != image_token_id:
-                joined.ids.append(id)
-            else:
-                num_tags += 1
-                picture = pictures[num_tags - 1] if num_tags <= len(pictures) else ()
-                joined.places.append(range(len(joined.ids), len(joined.ids) + len(picture)))
-                joined.ids.extend(picture)
+        start = 0
+        for _ in range(segment.ids.count(image_token_id)):
+            tag = segment.ids.index(image_token_id, start)
+            joined.ids.extend(segment.ids[start:tag])
+            picture = pictures[num_tags] if num_tags < len(pictures) else ()
+            joined.places.append(range(len(joined.ids), len(joined.ids) + len(picture)))
+            joined.ids.extend(picture)
+            num_tags, start = num_tags + 1, tag + 1
+        joined.ids.extend(segment.ids[start:])
         joined.trained.extend([segment.is_trained] * (len(joined.ids) - len(joined.trained)))
     if num_tags != len(pictures):
         raise ValueError(f"{num_tags} {IMAGE_TAG} for {len(pictures)} pictures")
@@ -177,13 +195,12 @@ def _encoded(
     kept = length if seq_length is None else min(length, seq_length)
     if any(place.start < kept < place.stop for place in places):
         raise ValueError(f"seq_length {seq_length} cuts through a picture (the sequence has {length} tokens)")
-    tokens, following, trained = ids[:kept], ids[1 : kept + 1], trained[1 : kept + 1]
-    if not any(trained):
+    is_trained = trained[1 : kept + 1]
+    if not any(is_trained):
         raise ValueError(f"nothing to train in the first {kept} of {length} tokens")
     return EncodedConversation(
-        tokens=tokens,
-        labels=[id if is_trained else 0 for id, is_trained in zip(following, trained, strict=True)],
-        loss_mask=[1.0 if is_trained else 0.0 for is_trained in trained],
+        ids=ids[: kept + 1],
+        is_trained=is_trained,
         num_images=sum(place.stop <= kept for place in places),
         was_cut=kept < length,
     )

@@ -114,12 +114,11 @@ def preprocess(
         mode: what becomes of a picture that is not square; see MODES.
         background: colour that "pad" puts beside it.
     Returns:
-        uint8 [3, image_size, image_size].
+        uint8 [3, image_size, image_size], not contiguous: what joins pictures copies them anyhow.
     Raises:
         ValueError: so long and narrow that on the way it would have more than MAX_PIXELS.
     """
-    pixels = pad(image, image_size, background) if mode == "pad" else MODES[mode](image, image_size)
-    return pixels.contiguous()
+    return pad(image, image_size, background) if mode == "pad" else MODES[mode](image, image_size)
 
 
 def crop(image: Picture, image_size: int) -> "Tensor":

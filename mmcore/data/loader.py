@@ -9,7 +9,7 @@ of either.
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -253,6 +253,7 @@ def build_train_loader(
             to the ranks, unknown template, the tokenizer can make image_token_id of text, a
             picture does not fit into seq_length, or see `Loader.load_state_dict`.
     """
+    pictures = replace(pictures, resize=config.image_resize)
     layout = build_layout(tokenizer, conversation, pictures, config.seq_length)
     dataset = open_dataset(config.path)
     wanted = config.num_streams or (read_states(states).num_streams if states else 0)

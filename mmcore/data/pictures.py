@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mmcore.data.image import Mode, decode_image, picture_size, preprocess
+from mmcore.data.image import Mode, picture_size, preprocess
+from mmcore.data.pixels import DECODERS, Resize
 from mmcore.data.tiling import TileLayout, anyres_layout, dynamic_layout, tiles
 from mmcore.data.tokenizer import Tokenizer
 
@@ -46,6 +47,8 @@ class Pictures:
     max_num_tiles: int = 0
     tile_tags: bool = False
     """As in `PictureArch`, all five."""
+    resize: Resize = "exact"
+    """Who decodes and resizes; see mmcore.data.pixels."""
 
     @property
     def square_ids(self) -> list[int]:
@@ -80,16 +83,18 @@ class Pictures:
         squares: list[Tensor] = []
         sources: list[int] = []
         for data in files:
-            image = decode_image(data)
+            image = DECODERS[self.resize](data)
             if self.tiling == "none":
                 squares.append(preprocess(image, self.image_size, self.mode, self.background)[None])
                 continue
-            layout = self._layout(image.size)
+            layout = self._layout(picture_size(data))
             before = sum(map(len, squares)) * self.num_square_embeddings
             sources += [source if source < 0 else before + source for source in layout.sources]
             squares.append(tiles(image, layout, self.image_size))
-        empty = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        images = torch.cat([empty, *squares])  # [n, 3, h, w]
+        if len(squares) == 1:
+            images = squares[0]  # uint8 [n, 3, h, w]
+        else:
+            images = torch.cat([torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8), *squares])
         return EncodedPictures(
             images=images,
             sources=torch.tensor(sources, dtype=torch.int64) if self.tiling == "anyres" else None,

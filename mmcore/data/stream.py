@@ -174,7 +174,7 @@ class Stream(Iterator[tuple[Batch, Place]]):
         self._begin, self._taken = self._cursor, 0
         found = list(self._lay_out(max(1, self.packing_buffer_size)))
         if self.packing_buffer_size:
-            rows = pack([len(item.conversation.tokens) for item in found], self.layout.seq_length)
+            rows = pack([len(item.conversation) for item in found], self.layout.seq_length)
         else:
             rows = [[index] for index in range(len(found))]
         self._rows = deque([found[index] for index in row] for row in rows)

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmcore.data.batch import EncodedSample
@@ -96,11 +97,13 @@ def encode_sample(
         ValueError: a picture is broken.
     """
     pictures = layout.pictures.encode(picture_files(parts)[: conversation.num_images])
+    # By way of numpy, which takes a list of numbers apart ten times as fast as torch does.
+    ids, is_trained = np.array(conversation.ids), np.array(conversation.is_trained)
     return EncodedSample(
         key=key,
-        tokens=torch.tensor(conversation.tokens),
-        labels=torch.tensor(conversation.labels),
-        loss_mask=torch.tensor(conversation.loss_mask),
+        tokens=torch.from_numpy(ids[:-1]),
+        labels=torch.from_numpy(np.where(is_trained, ids[1:], 0)),
+        loss_mask=torch.from_numpy(is_trained.astype(np.float32)),
         images=pictures.images,
         image_sources=pictures.sources,
         num_features=pictures.num_features,

@@ -50,9 +50,7 @@ def packed_seq_params(batch: Batch) -> PackedSeqParams:
     )
 
 
-def train_step(
-    model: DistributedDataParallel, optimizer: Any, scheduler: Any, batches: Sequence[Batch]
-) -> StepResult:
+def train_step(model: DistributedDataParallel, optimizer: Any, scheduler: Any, batches: Sequence[Batch]) -> StepResult:
     """Forward, backward, reduce, update.
 
     Args:

@@ -23,7 +23,6 @@ def sizes(num_images: int) -> dict[str, Any]:
     return {"pictures": [PICTURE] * num_images, "image_token_id": IMAGE}
 
 
-
 TALKS = [
     ["What is it?", "A cat."],
     ["Hi", "Hello  ", "  And now?\n", "Nothing.", "Why", "\nBecause\n\n"],

@@ -370,7 +370,10 @@ def test_states_must_be_of_all_ranks_at_one_step(dataset: Path, tokenizer: Token
 def test_what_does_not_go_together_is_refused(dataset: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     vocab_size = tokenizer.vocab_size
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"pictures": fabricated.pictures(vocab_size - 1)}, f"image_token_id {vocab_size - 1} is a token of .* has {vocab_size}"),
+        (
+            {"pictures": fabricated.pictures(vocab_size - 1)},
+            f"image_token_id {vocab_size - 1} is a token of .* has {vocab_size}",
+        ),
         ({"data": {"seq_length": NUM_IMAGE_EMBEDDINGS}}, "no room for a picture"),
         ({"conversation": "mistral"}, "did you mean 'mistral_instruct'"),
         ({"data": {"path": str(tmp_path / "nowhere")}}, "nowhere does not exist"),

@@ -61,9 +61,7 @@ def test_pictures_that_touch_are_told_apart(tmp_path: Path) -> None:
 def test_an_id_that_is_none_and_half_a_character(tmp_path: Path) -> None:
     layout = build_layout(write_tokenizer(tmp_path), "plain")
     half = layout.tokenizer.encode("\u00e9")[-1]
-    told = EncodedConversation(
-        tokens=[999, half, 5], labels=[0, 0, 7], loss_mask=[0, 0, 1.0], num_images=0, was_cut=False
-    )
+    told = EncodedConversation(ids=[999, half, 5, 7], is_trained=[False, False, True], num_images=0, was_cut=False)
     shown = list(pieces(told, layout))
     assert [piece["kind"] for piece in shown][:2] == ["unknown", "text"]
     assert shown[1]["text"] == "\ufffd" and shown[1]["ids"] == [half]
