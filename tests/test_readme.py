@@ -71,7 +71,7 @@ def folder(tmp_path_factory: Any) -> Path:
 def test_the_recipe(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     recipe = commands("The LLaVA recipe, full size")
-    assert len(recipe) == 10
+    assert len(recipe) == 11
     for command in recipe:
         words = [Path(word).name for word in shlex.split(command)]
         smaller = " ".join(options for name, options in SMALLER.items() if name in words)
@@ -80,6 +80,7 @@ def test_the_recipe(folder: Path) -> None:
             small, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, f"{small}\n{done.stdout}\n{done.stderr}"
+    assert "data:image/" in (folder / "inspection" / "report.html").read_text()
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["task"] == "coco" and scores["num_samples"] == 5
     for run in ("pretrain", "sft"):

@@ -88,7 +88,7 @@ def join_images(images: Sequence[Tensor]) -> Tensor:
     shape = (sum(map(len, images)), *images[0].shape[1:])
     if get_worker_info() and shape[0]:
         shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate
-        joined = torch.empty(0, dtype=torch.uint8).set_(shared, 0, shape)
+        joined = torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
     else:
         joined = torch.empty(shape, dtype=torch.uint8)
     return torch.cat(list(images), out=joined) if shape[0] else joined

@@ -1,5 +1,6 @@
 """Conversations and documents to token sequences: what the model reads, and what of it is trained."""
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ ROLES: dict[str, Role] = {"system": "system", "human": "user", "gpt": "assistant
 class EncodedConversation:
     """A sequence of s positions, each with the token to predict there."""
 
-    ids: list[int]  # [s + 1]; image_token_id once for every image embedding, and the token after the last position
-    is_trained: list[bool]  # [s]; whether a position's next token is
+    ids: "array[int]"  # [s + 1]; image_token_id once for every image embedding, and the token after the last position
+    is_trained: bytearray  # [s]; 1 or 0, whether a position's next token is
     num_images: int
     """Pictures that are left in it, which are the first ones."""
     was_cut: bool
@@ -28,7 +29,7 @@ class EncodedConversation:
     @property
     def tokens(self) -> list[int]:
         """[s]; what the model reads."""
-        return self.ids[:-1]
+        return self.ids[:-1].tolist()
 
     @property
     def labels(self) -> list[int]:
@@ -154,21 +155,21 @@ def encode_prompt(
         raise ValueError(f"the question has {num_tags} {IMAGE_TAG} for {len(pictures)} pictures: {question[:80]!r}")
     found = find_template(template)
     write = Writer(tokenizer=tokenizer, image_token_id=image_token_id, end_id=found.end_id(tokenizer))
-    return _joined(found.lay_out([Turn("user", question)], write), pictures, image_token_id).ids
+    return _joined(found.lay_out([Turn("user", question)], write), pictures, image_token_id).ids.tolist()
 
 
 class _Joined(NamedTuple):
-    """A whole conversation."""
+    """A whole conversation, in arrays, which make tensors ten times as fast as lists do."""
 
-    ids: list[int]
-    trained: list[bool]
+    ids: "array[int]"
+    trained: bytearray
     places: list[range]
     """Of each picture."""
 
 
 def _joined(segments: Iterable[Segment], pictures: Sequence[Sequence[int]], image_token_id: int) -> _Joined:
     """Join segments, each placeholder replaced by its picture."""
-    joined = _Joined([], [], [])
+    joined = _Joined(array("q"), bytearray(), [])
     num_tags = 0
     for segment in segments:
         start = 0
@@ -180,7 +181,7 @@ def _joined(segments: Iterable[Segment], pictures: Sequence[Sequence[int]], imag
             joined.ids.extend(picture)
             num_tags, start = num_tags + 1, tag + 1
         joined.ids.extend(segment.ids[start:])
-        joined.trained.extend([segment.is_trained] * (len(joined.ids) - len(joined.trained)))
+        joined.trained.extend(bytes([segment.is_trained]) * (len(joined.ids) - len(joined.trained)))
     if num_tags != len(pictures):
         raise ValueError(f"{num_tags} {IMAGE_TAG} for {len(pictures)} pictures")
     return joined

@@ -74,8 +74,8 @@ def read_states(states: Sequence[bytes]) -> Saved:
         raise ValueError(f"the loader's state cannot be read ({error!r}): resume from another checkpoint") from None
     if sizes != {len(states)} or len(set(turns)) > 1:
         raise ValueError(
-            f"the loader's states are not those of all ranks at one step ({len(states)} files of {sorted(sizes)} ranks, "
-            f"turns {sorted(set(turns))}): resume from another checkpoint"
+            f"the loader's states are not those of all ranks at one step ({len(states)} files of {sorted(sizes)} "
+            f"ranks, turns {sorted(set(turns))}): resume from another checkpoint"
         )
     return saved
 

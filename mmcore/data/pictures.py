@@ -1,5 +1,6 @@
 """How a picture becomes places in a sequence and squares of pixels, in training and generation alike."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -51,11 +52,11 @@ class Pictures:
     """Who decodes and resizes; see mmcore.data.pixels."""
 
     @property
-    def square_ids(self) -> list[int]:
+    def square_ids(self) -> Sequence[int]:
         """Sequence of one square."""
-        return [self.image_token_id] * self.num_square_embeddings
+        return array("q", [self.image_token_id]) * self.num_square_embeddings
 
-    def ids(self, data: bytes, tokenizer: Tokenizer) -> list[int]:
+    def ids(self, data: bytes, tokenizer: Tokenizer) -> Sequence[int]:
         """Sequence of one picture, text tags between its tiles included.
 
         Args:

@@ -239,7 +239,7 @@ class Stream(Iterator[tuple[Batch, Place]]):
         print(f"mmcore: skipped: {what}", file=sys.stderr, flush=True)
         if count.recent_skipped > min(self.max_skipped * SKIP_WINDOW, SKIP_WINDOW - 1):
             raise TooManySkippedError(
-                f"{count.recent_skipped} of {SKIP_WINDOW} samples in a row of {name} cannot be used, and --data.max-skipped "
-                f"allows {self.max_skipped:.1%}; the last is {what}. `mmcore inspect` finds them all: prepare the "
-                "dataset again"
+                f"{count.recent_skipped} of {SKIP_WINDOW} samples in a row of {name} cannot be used, and "
+                f"--data.max-skipped allows {self.max_skipped:.1%}; the last is {what}. `mmcore inspect` finds "
+                "them all: prepare the dataset again"
             )

@@ -97,11 +97,10 @@ def encode_sample(
         ValueError: a picture is broken.
     """
     pictures = layout.pictures.encode(picture_files(parts)[: conversation.num_images])
-    # By way of numpy, which takes a list of numbers apart ten times as fast as torch does.
-    ids, is_trained = np.array(conversation.ids), np.array(conversation.is_trained)
+    ids, is_trained = np.frombuffer(conversation.ids, np.int64), np.frombuffer(conversation.is_trained, np.bool_)
     return EncodedSample(
         key=key,
-        tokens=torch.from_numpy(ids[:-1]),
+        tokens=torch.from_numpy(ids)[:-1],
         labels=torch.from_numpy(np.where(is_trained, ids[1:], 0)),
         loss_mask=torch.from_numpy(is_trained.astype(np.float32)),
         images=pictures.images,

@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 def test_one_square_in_every_mode(tokenizer: Tokenizer, mode: Any) -> None:
     whole = pictures(IMAGE, mode=mode)
-    assert whole.ids(TALL, tokenizer) == [IMAGE] * 4 and whole.longest(tokenizer) == 4
+    assert list(whole.ids(TALL, tokenizer)) == [IMAGE] * 4 and whole.longest(tokenizer) == 4
     encoded = whole.encode([TALL, SMALL])
     expected = [preprocess(decode_image(data), 16, mode, (1, 2, 3)) for data in (TALL, SMALL)]
     assert torch.equal(encoded.images, torch.stack(expected))
@@ -63,7 +63,7 @@ def test_padding_has_the_mean_colour_of_the_tower() -> None:
 
 def test_a_sequence_is_known_before_anything_is_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, anyres = pictures(IMAGE), pictures(IMAGE, **ANYRES)
-    assert whole.ids(b"no picture", tokenizer) == [IMAGE] * 4
+    assert list(whole.ids(b"no picture", tokenizer)) == [IMAGE] * 4
     with pytest.raises(ValueError, match="not a picture"):
         anyres.ids(b"no picture", tokenizer)
     expected = anyres.ids(TALL, tokenizer)

@@ -1,6 +1,7 @@
 """Token by token: what is shown is what is trained."""
 
 import json
+from array import array
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,9 @@ def test_pictures_that_touch_are_told_apart(tmp_path: Path) -> None:
 def test_an_id_that_is_none_and_half_a_character(tmp_path: Path) -> None:
     layout = build_layout(write_tokenizer(tmp_path), "plain")
     half = layout.tokenizer.encode("\u00e9")[-1]
-    told = EncodedConversation(ids=[999, half, 5, 7], is_trained=[False, False, True], num_images=0, was_cut=False)
+    told = EncodedConversation(
+        ids=array("q", [999, half, 5, 7]), is_trained=bytearray([0, 0, 1]), num_images=0, was_cut=False
+    )
     shown = list(pieces(told, layout))
     assert [piece["kind"] for piece in shown][:2] == ["unknown", "text"]
     assert shown[1]["text"] == "\ufffd" and shown[1]["ids"] == [half]
