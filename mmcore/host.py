@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,14 @@ _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like"),
     *("rand", "randint", "randn", "tensor", "zeros", "zeros_like"),
 )
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has held so far: of the GPU's memory where there is one, else of the machine's."""
+    if has_cuda():
+        return int(torch.cuda.max_memory_allocated())
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def has_cuda() -> bool:

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         state["consumed_samples"] += result.total.num_samples
         state["consumed_tokens"] += result.total.num_tokens
         if metrics:
-            metrics.report(step, result, lr, batches.counts())
+            metrics.report(step, result, lr, batches)
         if step % config.checkpoint.save_interval == 0 or step == config.train.steps:
             saved = ckpt.save_checkpoint(
                 run,
@@ -96,6 +97,7 @@ class Batches(Iterator[Batch]):
 
     def __init__(self, config: RunConfig, architecture: Architecture, source: Path, *, resumed: bool) -> None:
         self.loader: Any = None
+        self.waited = 0.0
         if not distributed.is_data_source():
             return
         self.loader = build_train_loader(
@@ -112,7 +114,10 @@ class Batches(Iterator[Batch]):
         self.iterator = iter(self.loader)
 
     def __next__(self) -> Batch:
-        return distributed.broadcast_in_replica(next(self.iterator) if self.loader else None)
+        started = time.monotonic()
+        batch = next(self.iterator) if self.loader else None
+        self.waited += time.monotonic() - started
+        return distributed.broadcast_in_replica(batch)
 
     def counts(self) -> dict[str, Count]:
         """Of each source, what this rank's loader has read so far."""

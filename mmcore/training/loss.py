@@ -21,10 +21,17 @@ class Share:
     num_tokens: int
     """That were trained."""
     num_samples: int
+    num_positions: int
+    """Of all sequences, pictures and what is not trained included."""
 
     @classmethod
-    def from_sums(cls, loss: float, num_tokens: float, num_samples: float) -> "Share":
-        return cls(loss=loss / max(num_tokens, 1), num_tokens=int(num_tokens), num_samples=int(num_samples))
+    def from_sums(cls, loss: float, num_tokens: float, num_samples: float, num_positions: float) -> "Share":
+        return cls(
+            loss=loss / max(num_tokens, 1),
+            num_tokens=int(num_tokens),
+            num_samples=int(num_samples),
+            num_positions=int(num_positions),
+        )
 
 
 def token_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,17 +40,18 @@ def token_loss(batch: Batch, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         losses: float32 [t], at `batch.loss_positions`.
     Returns:
-        Sum to differentiate, token count (int32), and for the log float64 [num_sources, 3]: of each
-        source its sum, its tokens and its samples.
+        Sum to differentiate, token count (int32), and for the log float64 [num_sources, 4]: of each
+        source its sum, its trained tokens, its samples and all its positions.
     """
     losses = losses * batch.loss_mask.flatten()[batch.loss_positions]
     count = torch.tensor(len(batch.loss_positions), dtype=torch.int, device=losses.device)
     sample = torch.searchsorted(batch.cu_seqlens.long(), batch.loss_positions, right=True) - 1  # int64 [t]
     token_sources = batch.sources[sample]
-    sums = torch.zeros(3, batch.num_sources, dtype=torch.float64, device=losses.device)
+    sums = torch.zeros(4, batch.num_sources, dtype=torch.float64, device=losses.device)
     sums[0].index_add_(0, token_sources, losses.detach().double())
     sums[1].index_add_(0, token_sources, torch.ones_like(token_sources, dtype=torch.float64))
     sums[2].index_add_(0, batch.sources, torch.ones_like(batch.sources, dtype=torch.float64))
+    sums[3].index_add_(0, batch.sources, batch.cu_seqlens.diff().double())
     return losses.sum(), count, sums.T.contiguous()
 
 
@@ -51,9 +59,9 @@ def step_shares(sums: Sequence[Tensor], num_sources: int) -> tuple[Share, list[S
     """A whole step, and each source's share of it, the same on every rank.
 
     Args:
-        sums: float64 [num_sources, 3] of each micro batch on the last pipeline stage; empty on the others.
+        sums: float64 [num_sources, 4] of each micro batch on the last pipeline stage; empty on the others.
     """
-    total = torch.stack(list(sums)).sum(0) if sums else torch.zeros(num_sources, 3, dtype=torch.float64)
+    total = torch.stack(list(sums)).sum(0) if sums else torch.zeros(num_sources, 4, dtype=torch.float64)
     total = total.to(host.device())
     if parallel_state.is_pipeline_last_stage():
         dist.all_reduce(total, group=parallel_state.get_data_parallel_group())

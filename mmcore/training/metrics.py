@@ -6,14 +6,25 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmcore import host
 from mmcore.config import RunConfig
 from mmcore.data.stream import Count
 from mmcore.training.step import StepResult
+
+
+class Source(Protocol):
+    """Where batches come from."""
+
+    waited: float
+    """Seconds that were spent waiting for them so far."""
+
+    def counts(self) -> Mapping[str, Count]:
+        """Of each source of the data, what was read so far."""
 
 
 class Metrics:
@@ -31,7 +42,8 @@ class Metrics:
         self._keep_until(first_step)
         self.file = self.log.open("a", buffering=1)
         self.started = self.last = time.monotonic()
-        self.samples = 0
+        self.samples = self.positions = 0
+        self.waited = 0.0
         self.writer: Any = None
         if config.logging.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
@@ -56,18 +68,21 @@ class Metrics:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             self.log.write_text("".join(line + "\n" for line in kept))
 
-    def report(self, step: int, result: StepResult, lr: float, counts: Mapping[str, Count]) -> None:
+    def report(self, step: int, result: StepResult, lr: float, batches: Source) -> None:
         """Tell one step.
 
         Args:
             step: the step just done, from 1.
-            counts: of each source, what this rank's loader has read so far.
+            batches: where this rank's come from.
         """
+        counts = batches.counts()
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         total = result.total
         self.samples += total.num_samples
+        self.positions += total.num_positions
         skipped, cut = sum(count.skipped for count in counts.values()), sum(count.cut for count in counts.values())
+        waited, self.waited = batches.waited - self.waited, batches.waited
         row: dict[str, Any] = {
             "step": step,
             **asdict(total),
@@ -75,7 +90,11 @@ class Metrics:
             "lr": lr,
             "seconds": round(seconds, 4),
             "samples_per_s": round(total.num_samples / seconds, 2),
+            "tokens_per_s": round(total.num_positions / seconds, 1),
             "trained_tokens_per_s": round(total.num_tokens / seconds, 1),
+            "fill": round(total.num_positions / (self.config.train.global_batch_size * self.config.data.seq_length), 4),
+            "data_wait": round(waited / seconds, 4),
+            "memory_gib": round(host.peak_memory() / 2**30, 3),
             "skipped": skipped,
             "cut": cut,
         }
@@ -92,10 +111,11 @@ class Metrics:
             mean = (now - self.started) / (step - self.first_step)
             left = timedelta(seconds=round(mean * (self.config.train.steps - step)))
             note = "".join(f" | {name} {count}" for name, count in (("skipped", skipped), ("cut", cut)) if count)
-            rate = self.samples / (now - self.started)
+            elapsed = now - self.started
             self.say(
                 f"step {step:>6}/{self.config.train.steps} | loss {total.loss:.4f} | "
-                f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {rate:.1f} samples/s | left {left}{note}"
+                f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {self.samples / elapsed:.1f} samples/s | "
+                f"{self.positions / elapsed:,.0f} tokens/s | left {left}{note}"
             )
 
     def _draw(self, step: int, row: dict[str, Any]) -> None:

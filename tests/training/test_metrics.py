@@ -1,0 +1,91 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmcore.config import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, TrainConfig
+from mmcore.data.batch import EncodedSample, collate
+from mmcore.data.stream import Count
+from mmcore.training.loss import Share, token_loss
+from mmcore.training.metrics import Metrics
+from mmcore.training.step import StepResult
+
+
+def sample(source: int, mask: list[float]) -> EncodedSample:
+    tokens = torch.arange(len(mask))
+    empty = torch.empty(0, 3, 2, 2, dtype=torch.uint8)
+    return EncodedSample(
+        key="", source=source, tokens=tokens, labels=tokens, loss_mask=torch.tensor(mask), images=empty
+    )
+
+
+def test_losses_are_kept_by_source() -> None:
+    samples = [sample(2, [0, 1, 1]), sample(0, [1, 0]), sample(2, [0.5, 0, 0, 0])]
+    losses = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
+    total, count, sums = token_loss(collate(samples, num_sources=3), losses)
+    assert (float(total), int(count)) == (11.0, 4)
+    assert sums.tolist() == [[4, 1, 1, 2], [0, 0, 0, 0], [1 + 2 + 0.5 * 8, 3, 2, 7]]
+    total.backward()
+    assert losses.grad is not None and losses.grad.tolist() == [1, 1, 1, 0.5]
+    assert Share.from_sums(*sums[2].tolist()) == Share(loss=7 / 3, num_tokens=3, num_samples=2, num_positions=7)
+    assert Share.from_sums(*sums[1].tolist()).loss == 0
+
+
+class Batches:
+    def __init__(self, **counts: Count) -> None:
+        self.waited, self._counts = 0.0, counts
+
+    def counts(self) -> dict[str, Count]:
+        return self._counts
+
+
+def step(*shares: Share) -> StepResult:
+    names = ("num_tokens", "num_samples", "num_positions")
+    sums = {name: sum(getattr(share, name) for share in shares) for name in names}
+    loss = sum(share.loss * share.num_tokens for share in shares) / sums["num_tokens"]
+    return StepResult(total=Share(loss=loss, **sums), sources=list(shares), grad_norm=0.5)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return RunConfig(
+        data=DataConfig(seq_length=100),
+        train=TrainConfig(steps=9, global_batch_size=4),
+        checkpoint=CheckpointConfig(save=str(tmp_path)),
+        logging=LoggingConfig(log_interval=1, tensorboard_dir=str(tmp_path / "board")),
+    )
+
+
+def test_what_a_step_leaves(config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = Metrics(config, 0)
+    captions = Share(loss=2.0, num_tokens=30, num_samples=3, num_positions=120)
+    chats = Share(loss=4.0, num_tokens=10, num_samples=2, num_positions=180)
+    batches = Batches(captions=Count(samples=3, skipped=1), chats=Count(samples=2, cut=2))
+    metrics.report(1, step(captions, chats), 1e-3, batches)
+    batches.waited = 1e-9
+    metrics.report(2, step(captions, replace(chats, num_tokens=0, num_samples=0, num_positions=0)), 1e-3, batches)
+    metrics.close()
+
+    first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (first["loss"], first["num_tokens"], first["num_samples"], first["fill"]) == (2.5, 40, 5, 0.75)
+    assert (first["skipped"], first["cut"]) == (1, 2) and 0 <= second["data_wait"] < 1
+    assert 0.05 < first["memory_gib"] < 1000 and first["tokens_per_s"] > first["trained_tokens_per_s"] > 0
+    assert first["sources"]["chats"] == {
+        "loss": 4.0, "num_tokens": 10, "num_samples": 2, "num_positions": 180, "skipped": 0, "cut": 2
+    }  # fmt: skip
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.value for event in board.Scalars("loss/captions")] == [2.0, 2.0]
+    assert [event.step for event in board.Scalars("loss/chats")] == [1]  # it had no part in the second step
+    said = capfd.readouterr().err
+    assert "step      1/9 | loss 2.5000 | grad norm 0.500 | lr 1.00e-03" in said and "| skipped 1 | cut 2" in said
+
+
+def test_one_source_is_not_told_twice(config: RunConfig, tmp_path: Path) -> None:
+    metrics = Metrics(replace(config, logging=LoggingConfig()), 0)
+    metrics.report(1, step(Share(loss=1.0, num_tokens=1, num_samples=1, num_positions=2)), 0.1, Batches(only=Count()))
+    metrics.close()
+    assert "sources" not in json.loads((tmp_path / "log.jsonl").read_text())
