@@ -32,7 +32,8 @@ def mistral_clip_pretrain() -> RunConfig:
             freeze=("vision_model", "language_model"),
         ),
         parallel=ParallelConfig(tensor_model_parallel_size=4),
-        data=DataConfig(conversation="plain", seq_length=1024),
+        # The reference's batches count samples, of which it packs none.
+        data=DataConfig(conversation="plain", seq_length=1024, packing_buffer_size=0),
         train=TrainConfig(steps=20000, global_batch_size=256, micro_batch_size=1),
         optimizer=OptimizerConfig(lr=1.5e-4, min_lr=1e-5, lr_warmup_steps=200, weight_decay=0.01, clip_grad=1.0),
         checkpoint=CheckpointConfig(save_interval=1000),
@@ -53,6 +54,42 @@ def mistral_clip_sft() -> RunConfig:
         train=replace(base.train, global_batch_size=128),
         optimizer=replace(base.optimizer, lr=1e-6, min_lr=1e-7, weight_decay=0.1, clip_grad=0.5),
         checkpoint=replace(base.checkpoint, save_interval=500),
+    )
+
+
+def llava15_vicuna_pretrain() -> RunConfig:
+    """LLaVA-1.5: CLIP ViT-L/14@336 and Vicuna-7B, frozen; one epoch of the 558k pairs for the projector.
+
+    Source: LLaVA scripts/v1_5/pretrain.sh at 1896662, and the defaults of transformers' trainer under it:
+    AdamW with betas .9 and .999, gradients clipped at 1.
+    """
+    return RunConfig(
+        model=ModelConfig(
+            vision="clip_vit_l_14_336",
+            language="vicuna_7b_v15",
+            projector="mlp2x_gelu",
+            freeze=("vision_model", "language_model"),
+        ),
+        data=DataConfig(conversation="plain", seq_length=2048, packing_buffer_size=0),
+        train=TrainConfig(steps=2181, global_batch_size=256, micro_batch_size=16),
+        optimizer=OptimizerConfig(lr=1e-3, lr_warmup_steps=66, adam_beta2=0.999),
+    )
+
+
+def llava15_vicuna_sft() -> RunConfig:
+    """LLaVA-1.5 after alignment: one epoch of the 665k conversations; only the vision tower stays frozen.
+
+    Source: LLaVA scripts/v1_5/finetune.sh at 5a5bda8, which pads pictures to a square. Its batches are of
+    samples alike in length; here they are mixed.
+    """
+    base = llava15_vicuna_pretrain()
+    return replace(
+        base,
+        model=replace(base.model, freeze=("vision_model",)),
+        parallel=ParallelConfig(tensor_model_parallel_size=4),
+        data=replace(base.data, conversation="vicuna_v1", image_mode="pad"),
+        train=replace(base.train, steps=5198, global_batch_size=128, micro_batch_size=4),
+        optimizer=replace(base.optimizer, lr=2e-5, lr_warmup_steps=156),
     )
 
 
@@ -80,5 +117,13 @@ def quickstart_sft() -> RunConfig:
 
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (mistral_clip_pretrain, mistral_clip_sft, quickstart_pretrain, quickstart_sft)
+    recipe.__name__: recipe
+    for recipe in (
+        mistral_clip_pretrain,
+        mistral_clip_sft,
+        llava15_vicuna_pretrain,
+        llava15_vicuna_sft,
+        quickstart_pretrain,
+        quickstart_sft,
+    )
 }

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from mmcore.commands.train import as_yaml, parse
 from mmcore.config import RunConfig, TrainConfig, merge
 from mmcore.models.architecture import save_architecture
+from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION
 from mmcore.recipes import RECIPES
 from tests import tiny
 
@@ -146,3 +148,10 @@ def test_yaml_names_the_nearest_key() -> None:
 def test_batches_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"8 is not a multiple of .* 3 x 2 data parallel ranks"):
         TrainConfig(global_batch_size=8, micro_batch_size=3).num_microbatches(2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values())
+def test_a_recipe_names_presets_that_exist(recipe: Callable[[], RunConfig]) -> None:
+    model = recipe().model
+    for name, table in ((model.vision, VISION), (model.language, LANGUAGE), (model.projector, PROJECTOR)):
+        assert not name or name in table
