@@ -99,13 +99,13 @@ def test_jsonl_rows_of_every_form(raw: Path, tmp_path: Path) -> None:
 
 
 def test_training_reads_several_pictures_in_order(raw: Path, tmp_path: Path) -> None:
-    from mmcore.data.task_encoder import pictures
+    from mmcore.data.task_encoder import picture_files
 
     rows = [{"images": ["a.png", "b.jpg"] * 6, "conversations": conversation("<image>" * 12, "Many.")}]
     assert prepare("jsonl", tmp_path / "out", jsonl(raw, rows)) == 0
     files = [(raw / "images" / name).read_bytes() for name in ("a.png", "b.jpg")]
     parts = {name.split(".", 2)[2]: data for name, data in members(tmp_path / "out").items()}
-    assert pictures(dict(sorted(parts.items()))) == files * 6
+    assert picture_files(dict(sorted(parts.items()))) == files * 6
     text = loader(tmp_path / "out", tokenizer(tmp_path / "tokenizer"), data={"shuffle_buffer_size": 0})
     assert next(iter(text)).images.shape[0] == 4 * 12 and text.skipped == 0
 
