@@ -105,12 +105,12 @@ def open_ours(folder: Path, workers: int, states: tuple[bytes, ...] = ()) -> Any
     """This project's loader, at its defaults but for the length of rows."""
     from benchmarks.loader_peers import IMAGE_SIZE, NUM_IMAGE_EMBEDDINGS, SEQ_LENGTH
     from mmcore.config import DataConfig
-    from mmcore.data.loader import build_train_loader
+    from mmcore.data.loader import build_loader
     from mmcore.data.pictures import Pictures
     from mmcore.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(folder / "tokenizer")
-    return build_train_loader(
+    return build_loader(
         DataConfig(path=str(folder / "shards"), seq_length=SEQ_LENGTH, num_workers=workers),
         tokenizer=tokenizer,
         conversation="mistral_instruct",

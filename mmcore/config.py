@@ -4,16 +4,15 @@ Imports no torch, so that a wrong option is refused in a fraction of a second.
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
 from mmcore.constants import MODULES
-
-Module = Literal["vision_model", "vision_projection", "language_model"]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -29,6 +28,21 @@ def positive(section: str, owner: Any, *names: str) -> None:
             raise ValueError(f"--{section}.{name.replace('_', '-')} must be above 0, not {getattr(owner, name)}")
 
 
+def check_patterns(option: str, patterns: Iterable[str]) -> None:
+    """Raise a ValueError for the first pattern that cannot name a module or parameter of the model."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+        head = re.match(r"(\w+)(?:\\\.|\.\w|$)", pattern)  # what stands before the first dot, where it is a plain name
+        if head and head[1] not in MODULES:
+            raise ValueError(
+                f"{option} {pattern!r} begins with {head[1]!r}, which is no part of the model"
+                f"{nearest(head[1], MODULES)}; the parts are {', '.join(MODULES)}"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which model, and what of it is trained."""
@@ -41,14 +55,16 @@ class ModelConfig:
     """Preset that its language model must be, likewise."""
     projector: str = ""
     """Preset that its projector must be, likewise."""
-    freeze: tuple[Module, ...] = ()
-    """Parts that keep their weights."""
+    freeze: tuple[str, ...] = ()
+    """What keeps its weights: vision_model, vision_projection, language_model, or any module or parameter whose whole
+    name a regular expression matches, such as 'language_model\\.embedding'."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Kernels: auto takes Transformer Engine where it and CUDA are there."""
 
     def __post_init__(self) -> None:
         if set(self.freeze) >= set(MODULES):
             raise ValueError("--model.freeze names every part of the model: nothing would be trained")
+        check_patterns("--model.freeze", self.freeze)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +134,27 @@ class DataConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageConfig:
+    """A stretch of the run with its own frozen parts, whose learning rate rises and falls within it."""
+
+    name: str = ""
+    """What the log calls it."""
+    until: int = 0
+    """Its last step; 0, for the last stage alone, is the end of the run."""
+    freeze: tuple[str, ...] = ()
+    """What keeps its weights, as --model.freeze, which does not count where there are stages."""
+    lr: float = 0.0
+    """Highest learning rate; 0 is --optimizer.lr. min-lr and module-lr go up and down with it."""
+
+    def __post_init__(self) -> None:
+        if set(self.freeze) >= set(MODULES):
+            raise ValueError(f"stage {self.name!r} of train.stages freezes every part: nothing would be trained")
+        check_patterns("train.stages: freeze", self.freeze)
+        if self.lr < 0:
+            raise ValueError(f"stage {self.name!r} of train.stages has the learning rate {self.lr}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """How long, in which batches, in which precision."""
 
@@ -131,9 +168,37 @@ class TrainConfig:
     """Number format of weights and activations; the optimizer keeps fp32 masters."""
     seed: int = 1234
     """Seed of initialisation and of the data's order."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages of freezing, one after the other, from YAML: a list of name, until, freeze and lr."""
+    on_bad_step: Literal["stop", "skip", "rewind"] = "stop"
+    """What follows a step whose loss or gradient is not finite or whose gradient is a spike: stop; skip leaves the
+    weights alone; rewind goes back to the last checkpoint. The data moves on."""
+    spike_factor: float = 0.0
+    """A gradient is a spike when its norm is this many times the median of the last 100 good steps; 0 finds none."""
+    max_bad_steps: int = 10
+    """Bad steps that may follow each other, or rewinds to one checkpoint, before the run stops."""
+    val_interval: int = 0
+    """Steps between losses on the dataset's val split, and one after the last step; 0 for none."""
+    val_batches: int = 10
+    """Global batches of such a loss, the same ones each time."""
 
     def __post_init__(self) -> None:
-        positive("train", self, "steps", "global_batch_size", "micro_batch_size")
+        positive("train", self, "max_bad_steps", "steps", "global_batch_size", "micro_batch_size", "val_batches")
+        if self.val_interval < 0:
+            raise ValueError(f"--train.val-interval must not be negative, but is {self.val_interval}")
+        if self.spike_factor and not self.spike_factor > 1:
+            raise ValueError(f"--train.spike-factor must be above 1, or 0 for none, not {self.spike_factor}")
+        ends = self.stage_ends()
+        if any(first >= second for first, second in zip((0, *ends), ends, strict=False)) or ends[-1] != self.steps:
+            raise ValueError(
+                f"train.stages end at steps {', '.join(map(str, ends))}: they must grow, and the last must be "
+                f"--train.steps {self.steps}, or 0 for the same"
+            )
+
+    def stage_ends(self) -> tuple[int, ...]:
+        """Last step of each stage; of a run without stages its own."""
+        ends = [stage.until for stage in self.stages] or [0]
+        return (*ends[:-1], ends[-1] or self.steps)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Forward passes of one step on one replica.
@@ -173,11 +238,35 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip."""
+    module_lr: tuple[str, ...] = ()
+    """Highest learning rates of parts of the model, such as vision_model=2e-6: names as of --model.freeze, of which the
+    last that fits counts. Their schedule is that of lr, min-lr in proportion."""
 
     def __post_init__(self) -> None:
         positive("optimizer", self, "lr")
+        check_patterns("--optimizer.module-lr", self.module_rates())
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--optimizer.min-lr {self.min_lr} must lie between 0 and --optimizer.lr {self.lr}")
+
+    def module_rates(self) -> dict[str, float]:
+        """Learning rates by pattern.
+
+        Raises:
+            ValueError: an entry is not NAME=RATE.
+        """
+        rates = {}
+        for entry in self.module_lr:
+            pattern, _, rate = entry.rpartition("=")
+            try:
+                rates[pattern] = float(rate)
+            except ValueError:
+                rates[pattern] = 0.0
+            if not pattern or not 0 < rates[pattern] < float("inf"):
+                raise ValueError(
+                    f"--optimizer.module-lr {entry!r} is not NAME=RATE with a rate above 0, such as vision_model=2e-6; "
+                    "what is not to be trained goes to --model.freeze"
+                )
+        return rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +279,18 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep_last: int = 2
     """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever, beside the newest; 0 for none."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy in the host's memory; published when all ranks are done."""
 
     def __post_init__(self) -> None:
         positive("checkpoint", self, "save_interval", "keep_last")
+        if self.keep_every < 0 or self.keep_every % self.save_interval:
+            raise ValueError(
+                f"--checkpoint.keep-every {self.keep_every} must be a multiple of --checkpoint.save-interval "
+                f"{self.save_interval}, or 0 to keep the newest alone"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,10 +319,12 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        if self.optimizer.lr_warmup_steps >= self.train.steps:
+        ends = self.train.stage_ends()
+        shortest = min(end - start for start, end in zip((0, *ends), ends, strict=False))
+        if self.optimizer.lr_warmup_steps >= shortest:
             raise ValueError(
                 f"--optimizer.lr-warmup-steps {self.optimizer.lr_warmup_steps} must be below "
-                f"--train.steps {self.train.steps}"
+                + (f"the {shortest} of the shortest stage" if self.train.stages else f"--train.steps {shortest}")
             )
 
 
@@ -245,6 +345,12 @@ def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> 
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name!r} is a section: it takes keys below it, not {value!r}")
             changes[key] = merge(current, value, where, f"{name}.")
+        elif isinstance(item := next(iter(get_args(get_type_hints(type(config))[key])), None), type) and is_dataclass(
+            item
+        ):
+            if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+                raise ValueError(f"{where}: {name!r} is a list of sections, not {value!r}")
+            changes[key] = tuple(merge(item(), entry, where, f"{name}.{index}.") for index, entry in enumerate(value))
         else:
             changes[key] = _checked(current, value, name, where)
     return replace(config, **changes)

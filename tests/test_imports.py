@@ -14,6 +14,8 @@ ORDER = (
     "host",
     "distributed",
     "models",
+    "checkpoint_files",
+    "checkpoint_shards",
     "checkpoint",
     "training",
     "inference",
@@ -39,7 +41,9 @@ LIGHT = (
     "recipes.py",
     "__main__.py",
     "models/architecture.py",
+    "models/parameters.py",
     "models/presets.py",
+    "checkpoint_files.py",
     "commands",
 )
 HEAVY = {"torch", "megatron", "transformers", "open_clip", "torchvision", "PIL", "numpy", "webdataset", "pycocoevalcap"}

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 import yaml
 
+from mmcore.checkpoint_files import check_disk, checkpoint_bytes, never_trained
 from mmcore.config import RunConfig, load_yaml, merge, nearest
 from mmcore.constants import EXIT_DONE, EXIT_FAULT
 from mmcore.models.architecture import Architecture, check_layout, with_image_mode
@@ -71,6 +72,9 @@ def check(config: RunConfig, world_size: int) -> Architecture:
     architecture = with_image_mode(resolve_architecture(config.model), config.data.image_mode)
     check_layout(architecture, config.parallel)
     config.train.num_microbatches(config.parallel.data_parallel_size(world_size))
+    frozen = never_trained([stage.freeze for stage in config.train.stages] or [config.model.freeze])
+    size = checkpoint_bytes(architecture, frozen, 2 if config.train.precision == "bf16" else 4)
+    check_disk(config.checkpoint, config.train.steps, size)
     return architecture
 
 
@@ -80,7 +84,7 @@ def as_yaml(config: RunConfig) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
-        return list(value) if isinstance(value, tuple) else value
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     return str(yaml.safe_dump(plain(asdict(config)), sort_keys=False))
 
@@ -94,12 +98,18 @@ def main(argv: list[str]) -> int:
         print(as_yaml(config), end="")
         return EXIT_DONE
     architecture = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    from mmcore.checkpoint import SaveError
     from mmcore.data.stream import TooManySkippedError
     from mmcore.training.loop import train
+    from mmcore.training.policy import BadStepError
 
     try:
         train(config, architecture)
-    except TooManySkippedError as error:
+    except SaveError as error:  # which all ranks raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mmcore train: {error}", file=sys.stderr)
+        return EXIT_FAULT
+    except (BadStepError, TooManySkippedError) as error:
         print(f"mmcore train: {error}", file=sys.stderr)
         return EXIT_FAULT
     return EXIT_DONE

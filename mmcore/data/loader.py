@@ -229,7 +229,7 @@ class Loader:
     __del__ = close
 
 
-def build_train_loader(
+def build_loader(
     config: DataConfig,
     *,
     tokenizer: Tokenizer,
@@ -240,8 +240,9 @@ def build_train_loader(
     data_parallel_size: int,
     seed: int,
     states: Sequence[bytes] = (),
+    split: str = "train",
 ) -> Loader:
-    """Open the train split of a dataset. The order of its samples depends on the seed and the streams alone.
+    """Open a split of a dataset. The order of its samples depends on the seed and the streams alone.
 
     Args:
         conversation: template, a name in mmcore.data.templates.TEMPLATES.
@@ -255,7 +256,7 @@ def build_train_loader(
     """
     pictures = replace(pictures, resize=config.image_resize)
     layout = build_layout(tokenizer, conversation, pictures, config.seq_length)
-    dataset = open_dataset(config.path)
+    dataset = open_dataset(config.path, split)
     wanted = config.num_streams or (read_states(states).num_streams if states else 0)
     num_streams = _num_streams(wanted, config, dataset, data_parallel_size)
     fingerprint = Fingerprint(

@@ -1,5 +1,6 @@
 """The training loop, top to bottom."""
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -13,15 +14,16 @@ from mmcore import distributed, host
 from mmcore.config import RunConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.batch import Batch
-from mmcore.data.loader import build_train_loader
+from mmcore.data.loader import build_loader
 from mmcore.data.pictures import Pictures
 from mmcore.data.stream import Count
 from mmcore.data.tokenizer import load_tokenizer
-from mmcore.models.architecture import Architecture, checkpoints, newest
+from mmcore.models.architecture import Architecture, newest
 from mmcore.models.llava import LlavaModel, base_config
-from mmcore.training.metrics import Metrics
-from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
-from mmcore.training.step import train_step
+from mmcore.training.metrics import Metrics, Validation
+from mmcore.training.policy import BadSteps
+from mmcore.training.stages import Training
+from mmcore.training.step import forward_backward, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,7 +36,8 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         architecture: what `config.model` stands for.
     Raises:
         ValueError: checkpoint, tokenizer, data or state do not fit the run.
-        FloatingPointError: the gradient is not finite.
+        BadStepError: a step was bad, and the run is not to go on.
+        SaveError: a checkpoint could not be written.
     """
     run = Path(config.checkpoint.save)
     distributed.initialize(config.parallel, config.train.seed)
@@ -42,66 +45,117 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     dtype = DTYPES[config.train.precision]
     model = LlavaModel(architecture, config.model.backend, **base_config(config.parallel, dtype))
     model.to(host.device(), dtype)  # mcore builds the patch and position embeddings on the CPU, in fp32
-    model.freeze(config.model.freeze)
-    ddp = wrap(model)
-    optimizer = build_optimizer(config.optimizer, ddp)
-    scheduler = build_scheduler(config.optimizer, optimizer, config.train.steps)
+    training = Training(config, model)
 
-    resumed = checkpoints(run)[-1:]
-    source = resumed[0] if resumed else newest(Path(config.model.checkpoint))
-    state = ckpt.load_checkpoint(source, ddp, optimizer if resumed else None)
-    state = state if resumed else {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
-    if not resumed:
-        optimizer.reload_model_params()  # the masters were copied from the weights before they were loaded
-    scheduler.step(increment=state["step"])
+    resumed, passed_over = ckpt.newest_whole(run)
+    if distributed.is_main():
+        print(*passed_over, sep="\n", end="\n" if passed_over else "", file=sys.stderr, flush=True)
+    source = resumed or newest(Path(config.model.checkpoint))
+    if resumed:
+        state = training.resume(resumed, is_verified=True)
+    else:
+        training.start(source)
+        state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
+    bad_steps = BadSteps(config.train, state.get("grad_norms", ()))
     batches = Batches(config, architecture, source, resumed=bool(resumed))
+    if config.train.val_interval:  # what its data lacks is said now, not after hours
+        Batches(config, architecture, source, split="val").close()
     metrics = Metrics(config, state["step"]) if distributed.is_main() else None
     if metrics:
         metrics.say(f"{'going on from' if resumed else 'starting from'} {source}")
 
     step = int(state["step"])
     num_microbatches = config.train.num_microbatches(distributed.data_parallel_size())
+    saving: ckpt.Saving | None = None
     while step < config.train.steps:
-        lr = scheduler.get_lr(optimizer.param_groups[0]) if optimizer.param_groups else 0.0
+        said = training.advance(step + 1)
+        if said and metrics:
+            metrics.say(said)
+        lr = training.scheduler.get_lr({})  # of what has no rate of its own
         # All of a step's batches are dealt out first: under pipeline parallelism a stage that waits for
         # the one before it cannot take part in handing out a batch.
         dealt = [next(batches) for _ in range(num_microbatches)]
-        result = train_step(ddp, optimizer, scheduler, dealt)
+        result = train_step(training.ddp, training.optimizer, training.scheduler, dealt, bad_steps.fault)
         step += 1
         state["consumed_samples"] += result.total.num_samples
         state["consumed_tokens"] += result.total.num_tokens
         if metrics:
             metrics.report(step, result, lr, batches)
-        if step % config.checkpoint.save_interval == 0 or step == config.train.steps:
-            saved = ckpt.save_checkpoint(
-                run,
+        if result.fault:
+            if saving:
+                resumed = source = saving.finish()
+                saving = None
+                bad_steps.saved()
+            answer = bad_steps.answer(step, result.fault, resumed)
+            if metrics:
+                metrics.say(f"step {step} is bad: {result.fault}; {answer}")
+            if answer == "rewind" and resumed:
+                state = training.resume(resumed)
+                step = int(state["step"])
+                if metrics:
+                    metrics.rewind(step, result.fault)
+                continue
+        if config.train.val_interval and (step % config.train.val_interval == 0 or step == config.train.steps):
+            loss = validation_loss(training.ddp, config, architecture, source)
+            if metrics:
+                metrics.report_validation(step, *loss)
+        is_last = step == config.train.steps
+        if step % config.checkpoint.save_interval == 0 or is_last:
+            if saving:
+                resumed = source = saving.finish()
+                bad_steps.saved()
+            state["grad_norms"] = list(bad_steps.norms) if config.train.spike_factor else []
+            saving = ckpt.Saving(
+                config.checkpoint,
                 step,
-                model=ddp,
-                optimizer=optimizer,
+                model=training.ddp,
+                optimizer=training.optimizer,
                 architecture=architecture,
                 tokenizer=source / TOKENIZER_DIR,
                 state={**state, "data_parallel_size": distributed.data_parallel_size(), "config": asdict(config)},
                 loader_state=batches.state(),
-                keep_last=config.checkpoint.keep_last,
             )
-            source = saved
+        if saving and (is_last or not config.checkpoint.async_save or saving.is_written()):
+            resumed = source = saving.finish()
+            saving = None
+            bad_steps.saved()
             if metrics:
-                metrics.say(f"saved {saved}")
+                metrics.say(f"saved {source}")
     if metrics:
         metrics.close()
     distributed.shutdown()
 
 
+def validation_loss(model: Any, config: RunConfig, architecture: Architecture, source: Path) -> Validation:
+    """Loss on the val split: always of the same samples, rows and batches."""
+    batches = Batches(config, architecture, source, split="val")
+    num_microbatches = config.train.num_microbatches(distributed.data_parallel_size())
+    model.eval()
+    dealt = [next(batches) for _ in range(config.train.val_batches * num_microbatches)]
+    total, shares = forward_backward(model, dealt, forward_only=True)
+    model.train()
+    batches.close()
+    return total, dict(zip(batches.sources, shares, strict=False))
+
+
 class Batches(Iterator[Batch]):
     """Micro batches of this rank's replica: its data source reads them, the others receive them."""
 
-    def __init__(self, config: RunConfig, architecture: Architecture, source: Path, *, resumed: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        architecture: Architecture,
+        source: Path,
+        *,
+        resumed: bool = False,
+        split: str = "train",
+    ) -> None:
         self.loader: Any = None
         self.waited = 0.0
         if not distributed.is_data_source():
             return
-        self.loader = build_train_loader(
-            config.data,
+        self.loader = build_loader(
+            config.data if split == "train" else replace(config.data, shuffle_buffer_size=0),
             tokenizer=load_tokenizer(source / TOKENIZER_DIR),
             conversation=architecture.conversation,
             pictures=Pictures(**architecture.picture_options()),
@@ -110,6 +164,7 @@ class Batches(Iterator[Batch]):
             data_parallel_size=distributed.data_parallel_size(),
             seed=config.train.seed,
             states=ckpt.loader_states(source) if resumed else (),
+            split=split,
         )
         self.iterator = iter(self.loader)
 
@@ -122,6 +177,15 @@ class Batches(Iterator[Batch]):
     def counts(self) -> dict[str, Count]:
         """Of each source, what this rank's loader has read so far."""
         return self.loader.counts() if self.loader else {}
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names, where data is read."""
+        return self.loader.sources if self.loader else ()
+
+    def close(self) -> None:
+        if self.loader:
+            self.loader.close()
 
     def state(self) -> bytes | None:
         return self.loader.state_dict() if self.loader else None

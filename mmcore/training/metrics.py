@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmcore import host
 from mmcore.config import RunConfig
 from mmcore.data.stream import Count
+from mmcore.training.loss import Share
 from mmcore.training.step import StepResult
 
 
@@ -25,6 +26,10 @@ class Source(Protocol):
 
     def counts(self) -> Mapping[str, Count]:
         """Of each source of the data, what was read so far."""
+
+
+Validation = tuple[Share, dict[str, Share]]
+"""In all, and of each source."""
 
 
 class Metrics:
@@ -39,11 +44,14 @@ class Metrics:
         self.config, self.first_step = config, first_step
         self.log = Path(config.checkpoint.save) / "log.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._keep_until(first_step)
+        self.validation_log = self.log.with_name("validation.jsonl")
+        for log in (self.log, self.validation_log):
+            _keep_until(log, first_step)
         self.file = self.log.open("a", buffering=1)
         self.started = self.last = time.monotonic()
         self.samples = self.positions = 0
         self.waited = 0.0
+        self.rewound = ""
         self.writer: Any = None
         if config.logging.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
@@ -60,13 +68,6 @@ class Metrics:
         )
         self.task = self.bar.add_task("training", total=config.train.steps, completed=first_step)
         self.bar.start()
-
-    def _keep_until(self, step: int) -> None:
-        """Drop what a killed run logged after the checkpoint that this one starts from."""
-        if self.log.exists():
-            lines = self.log.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.log.write_text("".join(line + "\n" for line in kept))
 
     def report(self, step: int, result: StepResult, lr: float, batches: Source) -> None:
         """Tell one step.
@@ -103,6 +104,8 @@ class Metrics:
                 name: {**asdict(share), "skipped": count.skipped, "cut": count.cut}
                 for (name, count), share in zip(counts.items(), result.sources, strict=True)
             }
+        if result.fault or self.rewound:
+            row["fault"], self.rewound = result.fault or self.rewound, ""
         self.file.write(json.dumps(row) + "\n")
         if self.writer:
             self._draw(step, row)
@@ -118,10 +121,32 @@ class Metrics:
                 f"{self.positions / elapsed:,.0f} tokens/s | left {left}{note}"
             )
 
+    def rewind(self, step: int, fault: str) -> None:
+        """Forget what came after a step that the run goes back to; the next one's row says why."""
+        self.file.close()
+        for log in (self.log, self.validation_log):
+            _keep_until(log, step)
+        self.file = self.log.open("a", buffering=1)
+        self.rewound = f"went back to step {step}: {fault}"
+
+    def report_validation(self, step: int, total: Share, sources: Mapping[str, Share]) -> None:
+        """Tell the loss on the val split after a step."""
+        self.last = time.monotonic()  # the next step has no part in it
+        row: dict[str, Any] = {"step": step, **asdict(total)}
+        if len(sources) > 1:
+            row["sources"] = {name: asdict(share) for name, share in sources.items()}
+        with self.validation_log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.writer:
+            self.writer.add_scalar("validation_loss", total.loss, step)
+            for name, share in sources.items():
+                self.writer.add_scalar(f"validation_loss/{name}", share.loss, step)
+        self.say(f"step {step:>6}/{self.config.train.steps} | validation loss {total.loss:.4f}")
+
     def _draw(self, step: int, row: dict[str, Any]) -> None:
         """Give a step's numbers to TensorBoard; a source's loss only where it had a part in the step."""
         for name, value in row.items():
-            if name != "sources":
+            if name not in ("sources", "fault"):
                 self.writer.add_scalar(name, value, step)
         for source, share in row.get("sources", {}).items():
             for name, value in share.items():
@@ -137,3 +162,11 @@ class Metrics:
         self.file.close()
         if self.writer:
             self.writer.close()
+
+
+def _keep_until(log: Path, step: int) -> None:
+    """Drop what a killed run logged after the checkpoint that this one starts from."""
+    if log.exists():
+        lines = log.read_text().splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in kept))

@@ -4,11 +4,13 @@ from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mmcore.config import OptimizerConfig
 from mmcore.models.llava import LlavaModel
+from mmcore.training.freezing import is_named, named_parameters
 
 
 def wrap(model: LlavaModel) -> DistributedDataParallel:
@@ -21,7 +23,7 @@ def wrap(model: LlavaModel) -> DistributedDataParallel:
 def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> Any:
     """The distributed optimizer over this rank's trained parameters.
 
-    Weight decay leaves norms and biases alone (mcore's rule: one-dimensional parameters and biases).
+    Weight decay leaves norms and biases alone (mcore's rule: parameters of one dimension).
     """
     core = CoreOptimizerConfig(
         optimizer="adam",
@@ -36,13 +38,36 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=True,
     )
-    optimizer = get_megatron_optimizer(core, [model])
+    optimizer = get_megatron_optimizer(core, [model], _overrides(config, core, model))
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
+def _overrides(config: OptimizerConfig, core: CoreOptimizerConfig, model: DistributedDataParallel) -> dict[Any, Any]:
+    """What differs from parameter to parameter: mcore makes a group of those that it is the same for.
+
+    A rate is a multiple of the schedule's, by which mcore also tells a checkpoint's groups apart.
+    """
+    rates: dict[float, set[int]] = {}
+    for name, parameter in named_parameters(model.module):
+        fitting = [rate for pattern, rate in config.module_rates().items() if is_named(name, pattern)]
+        if fitting:
+            rates.setdefault(fitting[-1] / config.lr, set()).add(id(parameter))
+    overrides: dict[Any, Any] = dict(get_standard_config_overrides(core))
+    for multiple, members in rates.items():
+        predicate = ParamPredicate(f"lr x {multiple}", lambda parameter, members=members: id(parameter) in members)
+        overrides[ParamKey(predicate=predicate)] = {"lr_mult": multiple}
+    return overrides
+
+
 def build_scheduler(config: OptimizerConfig, optimizer: Any, steps: int) -> OptimizerParamScheduler:
-    """The learning rate of every step; a pure function of the step, so resuming is stepping there."""
+    """The learning rate of every step; a pure function of the step, so resuming is stepping there.
+
+    Groups with a rate of their own (see `build_optimizer`) follow in proportion. The configuration
+    counts, not what a checkpoint that was loaded before says.
+    """
+    for group in optimizer.param_groups:
+        group["max_lr"], group["min_lr"] = config.lr * group["lr_mult"], config.min_lr * group["lr_mult"]
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

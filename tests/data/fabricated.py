@@ -11,7 +11,7 @@ import sentencepiece
 from PIL import Image
 
 from mmcore.config import DataConfig
-from mmcore.data.loader import Loader, build_train_loader
+from mmcore.data.loader import Loader, build_loader
 from mmcore.data.pictures import Pictures
 from mmcore.data.shards import ShardWriter
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
@@ -78,7 +78,7 @@ def loader(path: Path | str, tokenizer: Tokenizer, *, data: dict[str, Any] | Non
         "data_parallel_size": 1,
         "seed": 7,
     }
-    return build_train_loader(replace(config, **data or {}), tokenizer=tokenizer, **{**arguments, **changes})
+    return build_loader(replace(config, **data or {}), tokenizer=tokenizer, **{**arguments, **changes})
 
 
 def tokenizer(folder: Path) -> Tokenizer:

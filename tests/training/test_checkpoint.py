@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
-from mmcore import checkpoint, distributed
+from mmcore import checkpoint, checkpoint_files, distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.architecture import checkpoints
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
@@ -117,12 +117,12 @@ def test_damage_is_refused_and_named(saved: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     newest = checkpoints(copy)[-1]
-    assert checkpoint.verify(newest) == []
+    assert checkpoint_files.verify(newest) == []
     file = next(newest.glob("*.distcp"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     (newest / "run.json").unlink()
-    assert checkpoint.verify(newest) == [f"{file.name} has other content than was written", "run.json is missing"]
+    assert checkpoint_files.verify(newest) == [f"{file.name} has other content than was written", "run.json is missing"]
     with pytest.raises(AssertionError, match=rf"{file.name} has other content"):
         ranks.run(lambda: run(ParallelConfig(), copy, resume=True, steps=1), ParallelConfig(), 1)

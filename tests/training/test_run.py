@@ -61,6 +61,7 @@ def inputs(tmp_path_factory: Any) -> Path:
         rows.append({"id": str(index), "image": f"{index}.png", "conversations": [question, answer]})
     (root / "rows.json").write_text(json.dumps(rows))
     arguments = ["--annotations", root / "rows.json", "--images", root / "images", "--output", root / "data"]
+    arguments += ["--val-annotations", root / "rows.json"]
     command = [sys.executable, "-m", "mmcore", "prepare", "llava-instruct", *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     ranks.run(write_model, ParallelConfig(), 1, root / "model", root / "tokenizer")
@@ -73,8 +74,13 @@ def command(inputs: Path, run: Path, *options: object) -> list[str]:
     small = ["--checkpoint.save", run, "--checkpoint.save-interval", SAVED, "--train.steps", STEPS]
     small += ["--train.global-batch-size", 8, "--train.micro-batch-size", 4, "--optimizer.lr-warmup-steps", 2]
     small += ["--parallel.tensor-model-parallel-size", 2, "--logging.log-interval", 1, "--data.num-streams", 2]
-    small += ["--data.seq-length", 64, "--data.packing-buffer-size", 16]
+    small += ["--train.val-interval", 4, "--train.val-batches", 2]
+    small += ["--data.seq-length", 128, "--data.packing-buffer-size", 16]
     return list(map(str, [*launch, *train, *small, *options]))
+
+
+def validation(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -92,6 +98,9 @@ def test_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     whole = log(tmp_path / "whole")
     assert [row["step"] for row in whole] == list(range(1, STEPS + 1))
+    first, last = validated = validation(tmp_path / "whole")
+    assert (first["step"], last["step"]) == (4, 8) and first["num_samples"] == last["num_samples"] > 16
+    assert last["loss"] < first["loss"] and "step      8/8 | validation loss" in done.stderr
     assert "samples/s" in done.stderr and "left 0:00:0" in done.stderr
     assert [path.name for path in sorted((tmp_path / "whole").glob("step_*"))] == ["step_00000004", "step_00000008"]
 
@@ -107,14 +116,23 @@ def test_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
         while not ((run / "log.jsonl").exists() and len((run / "log.jsonl").read_text().splitlines()) >= KILLED_AFTER):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 2
+        for pid in map(int, [*workers, process.pid]):  # torchrun gives workers sessions of their own: they would go on
+            os.killpg(pid, signal.SIGKILL)
     assert (run / "step_00000004").is_dir() and not (run / "step_00000008").exists()
     other = shutil.copytree(run, tmp_path / "other")
 
-    done = subprocess.run(command(inputs, run), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    # It goes on saving in the background, which changes nothing.
+    going_on = command(inputs, run, "--checkpoint.async-save", "--checkpoint.save-interval", 1)
+    done = subprocess.run(going_on, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stderr
-    assert log(run) == whole
+    assert [path.name for path in sorted(run.glob("*step_*"))] == ["step_00000007", "step_00000008"]
+    assert log(run) == whole and validation(run) == validated
+    kept = [json.loads((at / "step_00000008" / "run.json").read_text()) for at in (run, tmp_path / "whole")]
+    counted = [(state["step"], state["consumed_samples"], state["consumed_tokens"]) for state in kept]
+    assert counted[0] == counted[1] and counted[0][2] == sum(row["num_tokens"] for row in whole)
 
     # Once finished, starting it again changes nothing.
     done = subprocess.run(command(inputs, run), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
@@ -127,4 +145,6 @@ def test_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     for row, expected in zip(log(other), whole, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+    for row, expected in zip(validation(other), validated, strict=True):
         assert row == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,138 @@
+"""What of the model is trained, by name; and how the optimizer's state lives through a change of it."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
+
+from mmcore import host
+
+# Of each trained parameter: its fp32 master and AdamW's two moments, each of the parameter's shape.
+State = dict[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the name that they have in the whole model: layers count from its first, on any stage."""
+    numbers = {
+        f"{name}.": f"{name.rpartition('.')[0]}.{module.layer_number - 1}."
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2].isdigit() and hasattr(module, "layer_number")
+    }
+    for name, parameter in model.named_parameters():
+        layer = re.match(r".*?\.layers\.\d+\.", name)
+        yield (numbers.get(layer[0], layer[0]) + name[layer.end() :] if layer else name), parameter
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a pattern matches the name of a parameter, or of a module that holds it, from end to end."""
+    return re.match(rf"(?:{pattern})(?:\.|$)", name) is not None
+
+
+def trainable_names(model: nn.Module) -> list[str]:
+    """Names of what the whole model can train, from all ranks, which all call it."""
+    local = [name for name, parameter in named_parameters(model) if parameter.requires_grad]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, local)
+    return list(dict.fromkeys(name for names in found for name in names))
+
+
+def check_names(names: Sequence[str], option: str, patterns: Iterable[str]) -> None:
+    """Refuse a pattern that names nothing in the model.
+
+    Raises:
+        ValueError: it says the pattern, and a name that there is.
+    """
+    for pattern in patterns:
+        if not any(is_named(name, pattern) for name in names):
+            raise ValueError(
+                f"{option} {pattern!r} names nothing in the model: it has to match a module's or a parameter's name "
+                f"from end to end, such as {names[-1]}"
+            )
+
+
+def check_stacks(names: Sequence[str], option: str, patterns: Sequence[str]) -> None:
+    """Refuse to freeze some layers of a stack: a checkpoint keeps the state of all of them in one tensor.
+
+    Raises:
+        ValueError: it says a parameter that only some layers would train.
+    """
+    stacks: dict[str, set[bool]] = {}
+    for name in names:
+        kind = re.sub(r"\.layers\.\d+\.", ".layers.*.", name)
+        stacks.setdefault(kind, set()).add(any(is_named(name, pattern) for pattern in patterns))
+        if len(stacks[kind]) > 1:
+            raise ValueError(
+                f"{option} {' '.join(patterns)} freezes {kind} in some layers alone, which a checkpoint cannot hold: "
+                "name it in all of them, as with layers\\.\\d+"
+            )
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Train all parameters but those that a pattern names; what the model itself never trains stays as it is."""
+    for name, parameter in named_parameters(model):
+        if any(is_named(name, pattern) for pattern in patterns):
+            if parameter.requires_grad:
+                vars(parameter)["thaws"] = True
+            parameter.requires_grad_(False)
+        elif getattr(parameter, "thaws", False):
+            parameter.requires_grad_(True)
+
+
+def unwrap(ddp: DistributedDataParallel) -> None:
+    """Let go of the model: of the wrapper's hooks and of its buffers."""
+    ddp.grad_accs.clear()  # they alone keep the hooks of the backward pass alive, which would run beside the next ones
+    for parameter in ddp.module.parameters():
+        parameter.data = parameter.data.clone()  # it was a view of the buffer of all that were trained
+        parameter.grad = None
+        for name in ("main_grad", "grad_added_to_main_grad"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+    ddp.module.config.grad_scale_func = None  # the optimizer's
+
+
+def optimizer_state(optimizer: Any) -> tuple[int, dict[nn.Parameter, State]]:
+    """The updates so far, and what they left of every trained parameter of this rank's part of the model.
+
+    All ranks call it. The state is whole on each data parallel rank, on the CPU, as for a checkpoint.
+    """
+    updates = torch.tensor(max([group.get("step", 0) for group in optimizer.param_groups], default=0))
+    updates = updates.to(host.device())
+    dist.all_reduce(updates, dist.ReduceOp.MAX)  # a stage that trained nothing has counted none
+    found: dict[nn.Parameter, State] = {}
+    for inner in _inner(optimizer) if updates else ():
+        world = inner.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
+        for index, buffer in enumerate(inner.buffers):
+            (tensors,) = world[index].values()
+            for parameter, (start, end, _) in buffer.param_index_map.items():
+                found[parameter] = {name: tensors[name][start:end] for name in ("param", *MOMENTS)}
+    return int(updates), found
+
+
+def set_optimizer_state(optimizer: Any, updates: int, known: dict[nn.Parameter, State]) -> None:
+    """Give a new optimizer what was known of its parameters; to the others their weights and zero moments.
+
+    mcore has one count of updates for all parameters, by which AdamW corrects the moments. Those of a
+    parameter that thaws are taken for old ones: with the default betas its first update is 0.45 lr, not
+    lr. (A stage's warmup begins at 0 anyway.)
+    """
+    for inner in _inner(optimizer):
+        inner.load_state_dict(inner.state_dict())  # allocates
+        parameters = [parameter for buffer in inner.buffers for parameter in buffer.param_index_map]
+        state = {index: known.get(parameter) or _fresh(parameter) for index, parameter in enumerate(parameters)}
+        inner.load_parameter_state_from_fully_reshardable(state)
+        for group in inner.param_groups:
+            group["step"] = updates
+
+
+def _inner(optimizer: Any) -> list[Any]:
+    return [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
+
+
+def _fresh(parameter: nn.Parameter) -> State:
+    weight = parameter.detach().float().flatten()
+    return {"param": weight, **{name: torch.zeros_like(weight) for name in MOMENTS}}
