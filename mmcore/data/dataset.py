@@ -192,11 +192,13 @@ def open_dataset(path: str, split: str = "train") -> Dataset:
             known here (joins, auxiliary files, JSON Lines).
     """
     is_local = "://" not in path
+    if not is_local and not path.startswith("msc://"):
+        raise ValueError(f"the dataset {path}: object stores are read as msc://PROFILE/PATH, see docs/data.md")
     if is_local and not Path(path).exists():
-        raise ValueError(f"--data.path {path} does not exist: write it with `mmcore prepare`")
+        raise ValueError(f"the dataset {path} does not exist: write it with `mmcore prepare`")
     if is_local and Path(path).is_dir() and not (Path(path) / META_DIR / INFO_FILE).is_file():
         raise ValueError(
-            f"--data.path {path} is no energon dataset ({META_DIR}/{INFO_FILE} is missing): write one with "
+            f"the dataset {path} is no energon dataset ({META_DIR}/{INFO_FILE} is missing): write one with "
             "`mmcore prepare`"
         )
     try:
@@ -207,9 +209,9 @@ def open_dataset(path: str, split: str = "train") -> Dataset:
             shuffle_over_epochs_multiplier=1,
         )
     except EmptyDatasetError:
-        raise ValueError(f"--data.path {path} has no samples in its split {split!r}: prepare it again") from None
+        raise ValueError(f"the dataset {path} has no samples in its split {split!r}: prepare it again") from None
     except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"--data.path {path} is no readable energon dataset ({error!r}): prepare it again") from None
+        raise ValueError(f"the dataset {path} is no readable energon dataset ({error!r}): prepare it again") from None
     names = Counter(part.dataset.path.name for part in found.datasets if hasattr(part.dataset, "shards"))
     sources = tuple(_source(number, part, path, names) for number, part in enumerate(found.datasets))
     by_weight = found.blend_mode is DatasetBlendMode.DATASET_WEIGHT
@@ -220,7 +222,7 @@ def _source(number: int, part: LoadedDataset, path: str, names: Counter[str]) ->
     dataset = part.dataset
     if part.aux or not hasattr(dataset, "shards"):
         raise ValueError(
-            f"--data.path {path} asks for a join, for auxiliary files or for JSON Lines, which mmcore does not read: "
+            f"the dataset {path} asks for a join, for auxiliary files or for JSON Lines, which mmcore does not read: "
             "name webdatasets, and prepare what they need into their samples"
         )
     for shard in dataset.shards:

@@ -378,6 +378,7 @@ def test_what_does_not_go_together_is_refused(dataset: Path, tokenizer: Tokenize
         ({"conversation": "mistral"}, "did you mean 'mistral_instruct'"),
         ({"data": {"path": str(tmp_path / "nowhere")}}, "nowhere does not exist"),
         ({"data": {"path": str(tmp_path)}}, "is no energon dataset"),
+        ({"data": {"path": "s3://bucket/data"}}, "s3://bucket/data: object stores are read as msc://PROFILE/PATH"),
         ({"data_parallel_size": 100}, "90 samples for 100 streams"),
         ({"data": {"num_streams": 6}, "data_parallel_size": 4}, "6 streams, which 4 .* start 1, 2, 3, 6 of them"),
     ]
