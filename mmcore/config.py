@@ -60,6 +60,9 @@ class ModelConfig:
     name a regular expression matches, such as 'language_model\\.embedding'."""
     backend: Literal["auto", "local", "transformer_engine"] = "auto"
     """Kernels: auto takes Transformer Engine where it and CUDA are there."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What of the layers, the vision tower's too, is computed again in the backward pass and so takes no memory until
+    then: nothing; their MLPs; or all but their inputs."""
 
     def __post_init__(self) -> None:
         if set(self.freeze) >= set(MODULES):
@@ -75,9 +78,33 @@ class ParallelConfig:
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Stages that the language model's layers are cut into; the vision tower lives on the first."""
+    num_layers_in_first_pipeline_stage: int = 0
+    """The language model's layers beside the vision tower; 0 weighs what all stages compute. Training alone asks:
+    checkpoints are the same."""
+    sequence_parallel: bool = False
+    """Share the language model's sequences among tensor ranks wherever they do not share a layer's work: fewer
+    activations on each. Only for more than one of them."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the replicas while the backward pass still makes others."""
+    overlap_param_gather: bool = False
+    """Hand round the weights that the replicas updated while the next forward pass runs on those that are there. Needs
+    overlap-grad-reduce, which cuts them into the portions that are handed round."""
 
     def __post_init__(self) -> None:
         positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
+        first = self.num_layers_in_first_pipeline_stage
+        if first < 0 or (first and self.pipeline_model_parallel_size == 1):
+            raise ValueError(
+                f"--parallel.num-layers-in-first-pipeline-stage {first} with --parallel.pipeline-model-parallel-size "
+                f"{self.pipeline_model_parallel_size}: it is a number of layers, for two stages or more"
+            )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError(
+                "--parallel.sequence-parallel shares sequences among tensor ranks, and there is one: give "
+                "--parallel.tensor-model-parallel-size 2 or more, or leave it out"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("--parallel.overlap-param-gather needs --parallel.overlap-grad-reduce: give both")
 
     def data_parallel_size(self, world_size: int) -> int:
         """Model replicas among `world_size` ranks.

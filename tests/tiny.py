@@ -1,7 +1,7 @@
 """A tiny model and batches for it: uneven heads, groups and lengths, padded vocabulary."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -31,13 +31,18 @@ def architecture(**projector: object) -> Architecture:
 
 
 def build(
-    parallel: ParallelConfig, seed: int = 5, arch: Architecture | None = None, dtype: torch.dtype = torch.float32
+    parallel: ParallelConfig,
+    seed: int = 5,
+    arch: Architecture | None = None,
+    dtype: torch.dtype = torch.float32,
+    recompute: str = "none",
+    layers: Sequence[int] = (),
 ) -> LlavaModel:
     """The same weights at every layout: each is drawn whole by its global name, then cut.
 
     Norms and biases are drawn as well: ones and zeros would hide mistakes.
     """
-    model = LlavaModel(arch or architecture(), "local", **base_config(parallel, dtype))
+    model = LlavaModel(arch or architecture(), "local", layers, **base_config(parallel, dtype, recompute))
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
     for name, parameter in global_parameters(model):
         shape, cut = list(parameter.shape), getattr(parameter, "partition_dim", -1)
@@ -55,7 +60,8 @@ def build(
 
 def global_parameters(model: LlavaModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters by the name that they have in the whole model, whatever the pipeline stage."""
-    first_layer = parallel_state.get_pipeline_model_parallel_rank() * len(model.language_model.decoder.layers)
+    stack = model.language_model.decoder.layers
+    first_layer = stack[0].layer_number - 1
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         if name.startswith("language_model.decoder.layers."):

@@ -300,7 +300,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 
     Raises:
         ValueError: tensor ranks do not divide the heads, key-value heads, MLP widths or the padded
-            vocabulary, or stages do not divide the language model's layers.
+            vocabulary, or the language model has not a layer for each stage.
     """
     size, language = parallel.tensor_model_parallel_size, architecture.language
     widths = cut_widths(architecture)
@@ -312,11 +312,16 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"--parallel.tensor-model-parallel-size {size} does not divide the {', the '.join(bad)}: "
             "choose a size that divides them all"
         )
-    stages = parallel.pipeline_model_parallel_size
-    if language is not None and language.num_layers % stages:
+    stages, first = parallel.pipeline_model_parallel_size, parallel.num_layers_in_first_pipeline_stage
+    if language is not None and language.num_layers < stages:
         raise ValueError(
-            f"--parallel.pipeline-model-parallel-size {stages} does not divide the {language.num_layers} layers of "
-            "the language model: choose a size that does"
+            f"--parallel.pipeline-model-parallel-size {stages} is more than the {language.num_layers} layers of the "
+            "language model: each stage needs one"
+        )
+    if language is not None and first and language.num_layers - first < stages - 1:
+        raise ValueError(
+            f"--parallel.num-layers-in-first-pipeline-stage {first} leaves {language.num_layers - first} of the "
+            f"{language.num_layers} layers of the language model to {stages - 1} other stages: each needs one"
         )
 
 

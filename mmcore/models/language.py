@@ -1,18 +1,25 @@
 """The language model: mcore's `GPTModel`, with logits only where they are wanted."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, finfo
 
 from mmcore.models.architecture import LanguageArch
+from mmcore.models.pipeline import split_layers
+from mmcore.models.recompute import begin_graph
 from mmcore.models.rotary import ScaledRotaryEmbedding
-from mmcore.models.specs import Backend, layer_spec
+from mmcore.models.specs import Backend, block_spec
 
 
 class LanguageModel(GPTModel):
@@ -23,7 +30,7 @@ class LanguageModel(GPTModel):
     ) -> None:
         super().__init__(
             config,
-            layer_spec(backend, AttnMaskType.causal),
+            block_spec(backend, AttnMaskType.causal, config),
             vocab_size=arch.padded_vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=pre_process,
@@ -33,6 +40,9 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
         )
         self.arch = arch
+        if post_process:
+            # It would gather the whole sequence; what has no label is left out before.
+            self.output_layer.sequence_parallel = False
         self.rotary_pos_emb = ScaledRotaryEmbedding(arch, config.use_cpu_initialization)
 
     def forward(
@@ -48,15 +58,21 @@ class LanguageModel(GPTModel):
         """Run this stage.
 
         Args:
-            decoder_input: [s, b, h] on the first stage; later stages take the one before's output.
+            decoder_input: [s, b, h] on the first stage; later stages take the one before's output. Under
+                sequence parallelism tensor ranks divide s.
             labels: int64 [b, s]; with them the losses come back.
             positions: int64 [t], positions in the flattened [b * s] whose logits are wanted; all if None.
             attention_mask: bool [b, 1, s, s], True where a key must not be seen; None is causal.
             inference_context: mcore's key-value cache.
         Returns:
-            Hidden states [s, b, h] on all stages but the last; there losses float32 [t], or logits
+            Hidden states [s, b, h] on all stages but the last, of this rank's part of s under sequence
+            parallelism; there losses float32 [t], or logits
             [t, vocabulary] of all tensor ranks, without the padding of the vocabulary.
         """
+        if decoder_input is not None and self.config.sequence_parallel:
+            decoder_input = scatter_to_sequence_parallel_region(decoder_input)  # [s / tp, b, h]
+        if decoder_input is not None:
+            decoder_input = begin_graph(decoder_input, self.config)
         rotary_seq_len = self.rotary_pos_emb.get_rotary_seq_len(
             inference_context, self.decoder, decoder_input, self.config, packed_seq_params
         )
@@ -69,6 +85,9 @@ class LanguageModel(GPTModel):
         )  # [s, b, h]
         if not self.post_process:
             return hidden
+        if self.config.sequence_parallel:
+            # The output layer gives all ranks the same whole gradient, of which each takes its part.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         hidden = hidden.transpose(0, 1).flatten(0, 1)  # [b * s, h]
         if positions is not None:
             hidden = hidden[positions]  # [t, h]
@@ -88,8 +107,16 @@ class LanguageModel(GPTModel):
             logits[..., max(0, self.arch.vocab_size - first) :] = finfo(logits.dtype).min
 
 
-def language_config(arch: LanguageArch, **base: Any) -> TransformerConfig:
-    """mcore's configuration of a LLaMA-shaped decoder."""
+def language_config(arch: LanguageArch, layers: Sequence[int] = (), **base: Any) -> TransformerConfig:
+    """mcore's configuration of a LLaMA-shaped decoder.
+
+    Args:
+        layers: of each pipeline stage; dealt out evenly if empty.
+        base: arguments of mcore's TransformerConfig.
+    """
+    layers = layers or split_layers(arch.num_layers, [0.0] * base["pipeline_model_parallel_size"])
+    if len(set(layers)) > 1:  # in mcore's notation: embedding, transformer layers, loss
+        base["pipeline_model_parallel_layout"] = f"E{'|'.join('t' * number for number in layers)}L"
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,

@@ -1,6 +1,6 @@
 """The whole model: vision tower, projector and language model, on one pipeline stage or many."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from mmcore.config import ParallelConfig
 from mmcore.models.architecture import Architecture
 from mmcore.models.language import LanguageModel, language_config
 from mmcore.models.projector import build_projector
+from mmcore.models.recompute import RECOMPUTE
+from mmcore.models.sequence_parallel import pad_rows, pad_segments
 from mmcore.models.specs import resolve_backend
 from mmcore.models.splice import arrange, splice
 from mmcore.models.vision import VisionModel, vision_config
@@ -32,18 +34,21 @@ class LlavaModel(MegatronModule):
     runs over all of it.
     """
 
-    def __init__(self, architecture: Architecture, backend: str = "auto", **base: Any) -> None:
+    def __init__(
+        self, architecture: Architecture, backend: str = "auto", layers: Sequence[int] = (), **base: Any
+    ) -> None:
         """Build this rank's part.
 
         Args:
             architecture: all three parts.
             backend: "auto", "local" or "transformer_engine".
+            layers: of the language model on each pipeline stage, as `plan_layers` gives; dealt out evenly if empty.
             base: arguments of mcore's TransformerConfig that all parts share, as `base_config` gives.
         """
         assert architecture.vision is not None and architecture.language is not None
         assert architecture.image_token_id is not None
         kernels = resolve_backend(backend)
-        config = language_config(architecture.language, **base)
+        config = language_config(architecture.language, layers, **base)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # mcore's schedules ask for it
         self.architecture, self.image_token_id = architecture, architecture.image_token_id
@@ -99,6 +104,11 @@ class LlavaModel(MegatronModule):
         Raises:
             ValueError: placeholders and image embeddings differ in number.
         """
+        padding = -tokens.shape[1] % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
+        if padding:
+            assert positions is not None and inference_context is None, "sequence parallelism is for training"
+        if packed_seq_params is not None:
+            packed_seq_params = pad_segments(packed_seq_params, padding)
         decoder_input = None
         if self.pre_process:
             is_image = tokens.eq(self.image_token_id)  # bool [b, s]
@@ -109,6 +119,7 @@ class LlavaModel(MegatronModule):
             embeddings = self.embedded(images, image_sources)
             if embeddings is not None:
                 decoder_input = splice(decoder_input, embeddings, is_image)
+            decoder_input = pad_rows(decoder_input, padding)
         return self.language_model(
             decoder_input,
             labels=labels,
@@ -149,11 +160,18 @@ def is_trained(module: torch.nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def base_config(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Arguments of mcore's TransformerConfig that all parts of a model share."""
+def base_config(
+    parallel: ParallelConfig, dtype: torch.dtype = torch.float32, recompute: str = "none"
+) -> dict[str, Any]:
+    """Arguments of mcore's TransformerConfig that all parts of a model share.
+
+    Args:
+        recompute: a key of `RECOMPUTE`.
+    """
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -168,4 +186,5 @@ def base_config(parallel: ParallelConfig, dtype: torch.dtype = torch.float32) ->
         "variable_seq_lengths": True,
         # There are no experts, but mcore refuses the line above with its default dispatcher of them.
         "moe_token_dispatcher_type": "alltoall",
+        **RECOMPUTE[recompute],
     }

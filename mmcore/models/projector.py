@@ -7,7 +7,7 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmcore.models.architecture import Architecture
-from mmcore.models.specs import ACTIVATIONS, Backend, mlp_submodules
+from mmcore.models.specs import ACTIVATIONS, Backend, mlp_submodules, whole
 
 
 def build_projector(architecture: Architecture, backend: Backend, **base: Any) -> MultimodalProjector:
@@ -22,7 +22,7 @@ def build_projector(architecture: Architecture, backend: Backend, **base: Any) -
         activation_func=ACTIVATIONS[arch.activation],
         bias_activation_fusion=False,
         add_bias_linear=arch.add_bias_linear,
-        **{**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None},
+        **whole(base),
     )
     # Transformer Engine's layers cannot gather what tensor ranks computed, which one layer alone has to.
     is_affine = arch.projector_type == "affine"

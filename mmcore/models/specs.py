@@ -15,13 +15,16 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
 
 from mmcore import host
 from mmcore.models.attention import CoreAttention
+from mmcore.models.recompute import RecomputableMLP
 
 Backend = Literal["local", "transformer_engine"]
 
@@ -61,10 +64,26 @@ def resolve_backend(asked: str) -> Backend:
     return "transformer_engine" if found else "local"
 
 
+class LocalNorm:
+    """torch's layer norm or RMS norm, as the config says, with mcore's mark of sequence parallelism.
+
+    With it a tensor rank sees a part of the sequence only: mcore sums the gradients of what is so marked over
+    the tensor ranks. Its own wrapper of torch's norms refuses such a config.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> Any:
+        """A torch module over [..., hidden_size]."""
+        kind = {"LayerNorm": nn.LayerNorm, "RMSNorm": nn.RMSNorm}[config.normalization]
+        module = kind(hidden_size, eps=eps)
+        for parameter in module.parameters():
+            vars(parameter)["sequence_parallel"] = config.sequence_parallel
+        return module
+
+
 def norm(backend: Backend) -> Any:
     """The layer norm (or RMS norm, as the config says) that stands on its own."""
     if backend == "local":
-        return WrappedTorchNorm
+        return LocalNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
     return TENorm
@@ -96,7 +115,7 @@ def layer_spec(
     """
     if backend == "local":
         linear_qkv, core_attention, linear_proj = ColumnParallelLinear, CoreAttention, RowParallelLinear
-        layer_norm = WrappedTorchNorm
+        layer_norm = LocalNorm
     else:
         from megatron.core.extensions import transformer_engine as te
 
@@ -116,8 +135,24 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=layer_norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(backend, fused_norm=True)),
+            mlp=ModuleSpec(module=RecomputableMLP, submodules=mlp_submodules(backend, fused_norm=True)),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_STORED_NAMES if backend == "local" else {},
         ),
     )
+
+
+def block_spec(backend: Backend, attn_mask_type: AttnMaskType, config: TransformerConfig) -> TransformerBlockSubmodules:
+    """This pipeline stage's layers and the norm after the last; given a layer alone, mcore takes a norm of its own."""
+    num_layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(backend, attn_mask_type)] * num_layers, layer_norm=norm(backend)
+    )
+
+
+def whole(base: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the config of a part that lives whole on the first stage: nothing that cuts the language model.
+
+    Its sequences, of one picture each, are not shared by tensor ranks either: they are short and of odd lengths.
+    """
+    return {**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None, "sequence_parallel": False}

@@ -10,7 +10,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from mmcore.models.architecture import VisionArch
-from mmcore.models.specs import ACTIVATIONS, Backend, layer_spec, norm
+from mmcore.models.recompute import begin_graph
+from mmcore.models.specs import ACTIVATIONS, Backend, layer_spec, norm, whole
 
 
 class VisionLayer(TransformerLayer):
@@ -61,7 +62,8 @@ class VisionModel(CLIPViTModel):
         """
         # Frozen, the tower needs no graph; mcore's block would otherwise start one at its input.
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
-            features = self.decoder(self.embedded(images), None).transpose(0, 1)  # [n, class token and patches, h]
+            embedded = begin_graph(self.embedded(images), self.config)
+            features = self.decoder(embedded, None).transpose(0, 1)  # [n, class token and patches, h]
         return features[:, 1:] if self.arch.has_class_token and self.arch.drop_class_token else features
 
     def embedded(self, images: Tensor) -> Tensor:
@@ -69,7 +71,8 @@ class VisionModel(CLIPViTModel):
         patches = self.conv1(self.normalized(images)).flatten(2).transpose(1, 2)  # [n, patches, h]
         if self.arch.has_class_token:
             patches = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], dim=1)
-        embedded = patches + self.position_embeddings.weight
+        # Called, not read: overlapped with the forward pass, weights are gathered as their module is called.
+        embedded = patches + self.position_embeddings(self.position_ids)
         if self.ln_pre is not None:
             embedded = self.ln_pre(embedded)
         return embedded.transpose(0, 1).contiguous()
@@ -88,7 +91,7 @@ def vision_config(arch: VisionArch, **base: Any) -> TransformerConfig:
     """mcore's configuration of the tower.
 
     It lives whole on the first pipeline stage: nothing of the language model's layer split may reach
-    it, or mcore silently builds fewer layers than the tower has.
+    it, or mcore silently builds fewer layers than the tower has (see `whole`).
     """
     return TransformerConfig(
         num_layers=arch.num_layers,
@@ -98,5 +101,5 @@ def vision_config(arch: VisionArch, **base: Any) -> TransformerConfig:
         layernorm_epsilon=arch.layernorm_epsilon,
         activation_func=ACTIVATIONS[arch.activation],
         bias_activation_fusion=False,
-        **{**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None},
+        **whole(base),
     )

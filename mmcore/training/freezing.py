@@ -85,6 +85,8 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
 
 def unwrap(ddp: DistributedDataParallel) -> None:
     """Let go of the model: of the wrapper's hooks and of its buffers."""
+    if ddp.ddp_config.overlap_param_gather:
+        ddp.disable_forward_pre_hook()  # and gather what the next forward pass would have
     ddp.grad_accs.clear()  # they alone keep the hooks of the backward pass alive, which would run beside the next ones
     for parameter in ddp.module.parameters():
         parameter.data = parameter.data.clone()  # it was a view of the buffer of all that were trained
@@ -93,6 +95,7 @@ def unwrap(ddp: DistributedDataParallel) -> None:
             if hasattr(parameter, name):
                 delattr(parameter, name)
     ddp.module.config.grad_scale_func = None  # the optimizer's
+    ddp.module.config.no_sync_func = None  # the wrapper's
 
 
 def optimizer_state(optimizer: Any) -> tuple[int, dict[nn.Parameter, State]]:

@@ -20,9 +20,11 @@ from mmcore.data.stream import Count
 from mmcore.data.tokenizer import load_tokenizer
 from mmcore.models.architecture import Architecture, newest
 from mmcore.models.llava import LlavaModel, base_config
+from mmcore.models.pipeline import plan_layers
 from mmcore.training.metrics import Metrics, Validation
+from mmcore.training.optimizer import gather_parameters
 from mmcore.training.policy import BadSteps
-from mmcore.training.stages import Training
+from mmcore.training.stages import Training, stages
 from mmcore.training.step import forward_backward, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -43,7 +45,10 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     distributed.initialize(config.parallel, config.train.seed)
     architecture = replace(architecture, conversation=config.data.conversation or architecture.conversation)
     dtype = DTYPES[config.train.precision]
-    model = LlavaModel(architecture, config.model.backend, **base_config(config.parallel, dtype))
+    frozen = set.intersection(*(set(stage.freeze) for stage in stages(config)))
+    layers = plan_layers(architecture, config.parallel, frozen)
+    base = base_config(config.parallel, dtype, config.model.recompute)
+    model = LlavaModel(architecture, config.model.backend, layers, **base)
     model.to(host.device(), dtype)  # mcore builds the patch and position embeddings on the CPU, in fp32
     training = Training(config, model)
 
@@ -105,6 +110,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                 resumed = source = saving.finish()
                 bad_steps.saved()
             state["grad_norms"] = list(bad_steps.norms) if config.train.spike_factor else []
+            gather_parameters(training.ddp)
             saving = ckpt.Saving(
                 config.checkpoint,
                 step,

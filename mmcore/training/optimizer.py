@@ -8,16 +8,35 @@ from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mmcore.config import OptimizerConfig
+from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.llava import LlavaModel
 from mmcore.training.freezing import is_named, named_parameters
 
 
-def wrap(model: LlavaModel) -> DistributedDataParallel:
-    """The model with its gradient buffers; what is frozen by now gets none."""
-    config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+def wrap(model: LlavaModel, parallel: ParallelConfig | None = None) -> DistributedDataParallel:
+    """The model with its gradient buffers; what is frozen by now gets none.
+
+    Args:
+        parallel: what of the communication between replicas overlaps with computing; by default nothing.
+    """
+    parallel = parallel or ParallelConfig()
+    config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
     model.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(model.config, config, model)
+    ddp = DistributedDataParallel(model.config, config, model)
+    if config.overlap_grad_reduce:
+        model.config.no_sync_func = ddp.no_sync  # until the last micro batch
+    return ddp
+
+
+def gather_parameters(ddp: DistributedDataParallel) -> None:
+    """Make every replica's parameters those of the last update, where the next forward pass would do it."""
+    if ddp.ddp_config.overlap_param_gather:
+        ddp.start_param_sync(force_sync=True)
 
 
 def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> Any:

@@ -141,7 +141,15 @@ def test_layouts_that_do_not_fit() -> None:
     arch = tiny.architecture()
     with pytest.raises(ValueError, match=r"4 does not divide the key-value heads of the language model \(2\)"):
         check_layout(arch, ParallelConfig(tensor_model_parallel_size=4))
-    with pytest.raises(ValueError, match=r"3 does not divide the 4 layers"):
-        check_layout(arch, ParallelConfig(pipeline_model_parallel_size=3))
+    with pytest.raises(ValueError, match=r"5 is more than the 4 layers"):
+        check_layout(arch, ParallelConfig(pipeline_model_parallel_size=5))
+    with pytest.raises(ValueError, match=r"3 leaves 1 of the 4 layers of the language model to 2 other stages"):
+        check_layout(arch, ParallelConfig(pipeline_model_parallel_size=3, num_layers_in_first_pipeline_stage=3))
+    with pytest.raises(ValueError, match=r"2 with --parallel.pipeline-model-parallel-size 1"):
+        ParallelConfig(num_layers_in_first_pipeline_stage=2)
+    with pytest.raises(ValueError, match="there is one"):
+        ParallelConfig(sequence_parallel=True)
+    with pytest.raises(ValueError, match=r"needs --parallel.overlap-grad-reduce"):
+        ParallelConfig(overlap_param_gather=True)
     with pytest.raises(ValueError, match=r"3 ranks cannot be dealt to replicas of 2"):
         ParallelConfig(tensor_model_parallel_size=2).data_parallel_size(3)

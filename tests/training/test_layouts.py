@@ -4,6 +4,9 @@ Tolerance: float32 sums in another order. Largest difference seen is 3e-7 of a g
 entry; 1e-5 leaves room for other BLAS builds and is far below what any wrong term would make.
 """
 
+from collections import Counter
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +16,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mmcore.config import OptimizerConfig, ParallelConfig
+from mmcore.training import freezing, optimizer
 from mmcore.training.loss import step_shares
-from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
+from mmcore.training.optimizer import build_optimizer, build_scheduler, gather_parameters, wrap
 from mmcore.training.step import forward_step, train_step
 from tests import ranks, tiny
 
@@ -23,6 +27,18 @@ LAYOUTS = {
     "pp2": (ParallelConfig(pipeline_model_parallel_size=2), 2),
     "tp2pp2": (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 4),
     "dp2": (ParallelConfig(), 2),
+}
+SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+# Layout, ranks, what is computed again in the backward pass, layers of each stage.
+VARIANTS = {
+    **LAYOUTS,
+    "tp2sp": (SEQUENCE_PARALLEL, 2),
+    "tp2sp, full": (SEQUENCE_PARALLEL, 2, "full"),
+    "tp2pp2sp, selective": (replace(SEQUENCE_PARALLEL, pipeline_model_parallel_size=2), 4, "selective"),
+    "selective": (ParallelConfig(), 1, "selective"),
+    "full": (ParallelConfig(), 1, "full"),
+    "pp2, uneven": (ParallelConfig(pipeline_model_parallel_size=2), 2, "none", (1, 3)),
+    "pp3, uneven": (ParallelConfig(pipeline_model_parallel_size=3), 3),
 }
 MICROBATCHES = [(0, 2, 1), (2, 2, 1), (4, 2, 2), (6, 2, 0)]  # first sample, size, images a sample: uneven on purpose
 FREEZES = {"none": (), "pretrain": ("vision_model", "language_model"), "sft": ("vision_model",)}
@@ -34,9 +50,16 @@ def microbatches() -> list[Any]:
     return [tiny.batch(*spec) for spec in MICROBATCHES[rank::size]]
 
 
-def gradients(parallel: ParallelConfig) -> dict[str, Any]:
+def gradients(
+    parallel: ParallelConfig, recompute: str = "none", layers: tuple[int, ...] = (), freeze: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Loss and every gradient of this rank, with what is needed to put them together."""
-    model = tiny.build(parallel)
+    model = tiny.build(parallel, recompute=recompute, layers=layers)
+    freezing.freeze(model, freeze)
+    runs: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if name.endswith(("layers.0.mlp", "layers.0.self_attention")):
+            module.register_forward_hook(lambda *_, name=name: runs.update([name]))
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     ddp.zero_grad_buffer()
@@ -60,6 +83,7 @@ def gradients(parallel: ParallelConfig) -> dict[str, Any]:
         "loss": total.loss,
         "num_tokens": total.num_tokens,
         "gradients": found,
+        "runs": dict(runs),
         "tensor": parallel_state.get_tensor_model_parallel_rank(),
         "data": parallel_state.get_data_parallel_rank(),
     }
@@ -95,10 +119,10 @@ def reference() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_losses_and_gradients(name: str, reference: dict[str, Any]) -> None:
-    layout, world_size = LAYOUTS[name]
-    results = ranks.run(gradients, layout, world_size, layout)
+    layout, world_size, *options = VARIANTS[name]
+    results = ranks.run(gradients, layout, world_size, layout, *options, timeout=30)
     for result in results:
         assert result["num_tokens"] == reference["num_tokens"]
         assert result["loss"] == pytest.approx(reference["loss"], rel=1e-6)
@@ -111,6 +135,60 @@ def test_losses_and_gradients(name: str, reference: dict[str, Any]) -> None:
         assert expected.abs().max() > 0, f"{key} has no gradient: the test would see nothing"
         error = (whole[key] - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, f"{key}: {error:.1e}"
+
+
+def test_rows_that_tensor_ranks_cannot_share() -> None:
+    """Sequence parallelism has something to pad."""
+    assert any(tiny.batch(*spec).tokens.shape[1] % 2 for spec in MICROBATCHES)
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("selective", {"mlp"}), ("full", {"mlp", "self_attention"})])
+def test_recompute(recompute: str, again: set[str], reference: dict[str, Any]) -> None:
+    result = ranks.run(gradients, ParallelConfig(), 1, ParallelConfig(), recompute)[0]
+    assert len(reference["runs"]) == 4  # of both towers
+    for name, count in reference["runs"].items():
+        assert result["runs"][name] == count * (2 if name.rpartition(".")[2] in again else 1), name
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_above_what_is_frozen(recompute: str, reference: dict[str, Any]) -> None:
+    """Of the language model's first MLP, and all else that is trained."""
+    frozen = ("vision_.*", r"language_model\.(embedding|.*layernorm|.*self_attention)")
+    result = ranks.run(gradients, ParallelConfig(), 1, ParallelConfig(), recompute, (), frozen)[0]
+    trained = {name for name, (gradient, *_) in result["gradients"].items() if gradient is not None}
+    assert "language_model.decoder.layers.0.mlp.linear_fc1.weight" in trained
+    for name in trained:
+        expected = reference["gradients"][name][0]
+        torch.testing.assert_close(result["gradients"][name][0], expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
+def overlapped(parallel: ParallelConfig) -> dict[str, Any]:
+    """Three steps; the weights that a checkpoint would hold, and those after the wrapper is let go."""
+    optimizer.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=10_000)
+    model = tiny.build(parallel)
+    ddp = wrap(model, parallel)
+    adam = build_optimizer(OptimizerConfig(lr=2e-3, clip_grad=0), ddp)
+    scheduler = build_scheduler(OptimizerConfig(lr=2e-3), adam, 10)
+    trained = [train_step(ddp, adam, scheduler, microbatches()).total.loss for _ in range(3)]
+    gather_parameters(ddp)
+    saved = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained.append(train_step(ddp, adam, scheduler, microbatches()).total.loss)
+    freezing.unwrap(ddp)
+    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {"losses": trained, "saved": saved, "kept": kept, "buckets": len(ddp.buffers[0].buckets)}
+
+
+@pytest.mark.parametrize("names", [("overlap_grad_reduce",), ("overlap_grad_reduce", "overlap_param_gather")])
+def test_overlap(names: tuple[str, ...]) -> None:
+    """Nothing changes but when replicas talk: every bit is the same (without clipping, whose norm is a sum)."""
+    expected = ranks.run(overlapped, ParallelConfig(), 2, ParallelConfig())[0]
+    layout = ParallelConfig(**dict.fromkeys(names, True))
+    for result in ranks.run(overlapped, layout, 2, layout, timeout=20):
+        assert result["buckets"] > 1
+        assert result["losses"] == expected["losses"]
+        for kind in ("saved", "kept"):
+            for name, weight in expected[kind].items():
+                assert torch.equal(result[kind][name], weight), (kind, name)
 
 
 def losses(parallel: ParallelConfig, freeze: tuple[str, ...], steps: int) -> list[float]:

@@ -1,0 +1,92 @@
+"""How many of the language model's layers each pipeline stage gets.
+
+The first stage also has the vision tower and the projector, the last one the output layer. The slowest stage sets the
+pace of all, so layers are dealt out such that it is as fast as can be.
+
+Imports no torch: the command line checks and the planner count with it before anything is up.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from mmcore.config import ParallelConfig
+from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VISION_PROJECTION
+from mmcore.models.architecture import Architecture
+
+# Of the positions of a sequence, those with a label, which alone reach the output layer.
+LABEL_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Multiply-adds of one training step for each position of a sequence, forward and backward."""
+
+    vision: float
+    """Vision tower and projector, if pictures fill the sequence."""
+    layer: float
+    """One layer of the language model."""
+    output: float
+
+
+def step_costs(architecture: Architecture, frozen: Collection[str] = ()) -> Costs:
+    """What the parts of a model cost, attention's scores and embedding lookups left out.
+
+    Args:
+        architecture: a whole model.
+        frozen: parts that are never trained, of `mmcore.constants.MODULES`. A layer's own gradients cost as much as
+            its forward pass, and so does the gradient of its input, which the lowest trained part needs no more.
+    """
+    vision, between, language = architecture.vision, architecture.vision_projection, architecture.language
+    assert vision is not None and between is not None and language is not None
+    trains = {name: name not in frozen for name in (VISION_MODEL, VISION_PROJECTION, LANGUAGE_MODEL)}
+    width = vision.hidden_size
+    tower = vision.num_layers_run * (4 * width**2 + 2 * width * vision.ffn_hidden_size)
+    middle = between.ffn_hidden_size
+    projector = middle * (width + language.hidden_size) if middle else width * language.hidden_size
+    heads = 2 * (language.num_attention_heads + language.num_query_groups) * language.kv_channels
+    layer = language.hidden_size * (heads + 3 * language.ffn_hidden_size)
+    passes = 2 + trains[LANGUAGE_MODEL]  # frozen, it still passes gradients on
+    return Costs(
+        vision=tower * vision.num_positions / vision.num_image_embeddings * (1 + 2 * trains[VISION_MODEL])
+        + projector * (1 + trains[VISION_MODEL] + trains[VISION_PROJECTION]),
+        layer=layer * passes,
+        output=language.hidden_size * language.padded_vocab_size * LABEL_SHARE * passes,
+    )
+
+
+def split_layers(num_layers: int, extra: Sequence[float], layer: float = 1.0, first: int = 0) -> list[int]:
+    """Deal layers to stages, at least one to each, so that the slowest stage is as fast as can be.
+
+    One layer after the other goes to the stage that is the fastest with it; of equal ones to the last, since the
+    earlier a stage, the more micro batches' activations it holds.
+
+    Args:
+        num_layers: at least as many as stages.
+        extra: cost of what else each stage computes.
+        layer: cost of one layer.
+        first: layers of the first stage; 0 leaves them to the costs.
+    Returns:
+        Layers of each stage.
+    """
+    layers = [first or 1] + [1] * (len(extra) - 1)
+    dealt_to = range(1 if first and len(extra) > 1 else 0, len(extra))
+    assert sum(layers) <= num_layers
+    for _ in range(num_layers - sum(layers)):
+        layers[min(dealt_to, key=lambda stage: (extra[stage] + layer * (layers[stage] + 1), -stage))] += 1
+    return layers
+
+
+def plan_layers(architecture: Architecture, parallel: ParallelConfig, frozen: Collection[str] = ()) -> list[int]:
+    """The language model's layers on each stage.
+
+    Args:
+        architecture: a whole model, which `check_layout` has accepted at this layout.
+        frozen: parts that are never trained.
+    """
+    assert architecture.language is not None
+    costs, stages = step_costs(architecture, frozen), parallel.pipeline_model_parallel_size
+    extra = [costs.vision] + [0.0] * (stages - 1)
+    extra[-1] += costs.output
+    return split_layers(
+        architecture.language.num_layers, extra, costs.layer, parallel.num_layers_in_first_pipeline_stage
+    )
