@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,34 @@ def peak_memory() -> int:
 def has_cuda() -> bool:
     """Whether this process computes on a GPU."""
     return torch.cuda.is_available()
+
+
+# Dense matrix products in bf16, TFLOP/s, by what the name of a GPU contains, the more special first. Sources:
+# NVIDIA's data sheets of the H200 and H100 (SXM: 989, PCIe: 756, NVL: 835), A100 (312), L40S (362), B200 (2250).
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "B200": 2250}
+
+
+def peak_tflops() -> float | None:
+    """What this rank's GPU can do at most, in bf16; None on a CPU or an unknown GPU."""
+    name = torch.cuda.get_device_name() if has_cuda() else ""
+    return next((float(peak) for kind, peak in PEAK_TFLOPS.items() if kind in name), None)
+
+
+def tick() -> Any:
+    """This moment, in the GPU's queue of work where there is a GPU."""
+    if not has_cuda():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first: Any, second: Any) -> float:
+    """Between two ticks; waits for the GPU to come there."""
+    if not has_cuda():
+        return float(second - first)
+    second.synchronize()
+    return float(first.elapsed_time(second)) / 1e3
 
 
 def device() -> torch.device:
