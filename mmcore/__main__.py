@@ -5,7 +5,7 @@ import os
 import sys
 import time
 
-from mmcore.config import nearest
+from mmcore.checks import nearest
 from mmcore.constants import EXIT_DONE, EXIT_USAGE
 
 VERBS = {

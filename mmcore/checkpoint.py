@@ -19,7 +19,7 @@ import json
 import shutil
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ class Saving:
         tokenizer: Path,
         state: dict[str, Any],
         loader_state: bytes | None,
+        best: Sequence[int] = (),
     ) -> None:
         """Copy what is to be kept, and begin to write it; with `config.async_save` training may go on.
 
@@ -130,10 +131,11 @@ class Saving:
             tokenizer: folder whose files go along.
             state: what run.json holds beside the step.
             loader_state: this rank's, where it reads data.
+            best: steps of the run by the score of their checkpoints, the best first; the main rank's counts.
         Raises:
             SaveError: the folder cannot be begun.
         """
-        self.config, self.run = config, Path(config.save)
+        self.config, self.run, self.best = config, Path(config.save), best
         self.final = files.step_folder(self.run, step)
         self.folder = self.run / (files.INCOMPLETE + self.final.name)
 
@@ -201,7 +203,7 @@ class Saving:
             files.publish(self.folder, self.final)
 
         self._on_main(f"writing {self.final}", publish)
-        self._on_main(f"deleting old checkpoints of {self.run}", lambda: files.prune(self.run, self.config))
+        self._on_main(f"deleting old checkpoints of {self.run}", lambda: files.prune(self.run, self.config, self.best))
         return self.final
 
     def _on_main(self, what: str, action: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ from mmcore.models.parameters import num_parameters
 MANIFEST_FILE = "manifest.json"
 INCOMPLETE, DAMAGED = ".incomplete-", "damaged-"
 
-# Bytes that AdamW keeps of a trained parameter: a master and two moments in float32.
+# Bytes of a trained parameter's master and two moments: float32 in a checkpoint, whatever --optimizer.states are.
 OPTIMIZER_BYTES = 12
 
 Checksum = tuple[int, int]
@@ -126,19 +126,31 @@ def set_aside(folder: Path) -> Path:
     raise AssertionError(f"no name is left for {folder}")
 
 
-def kept(steps: Sequence[int], keep_last: int, keep_every: int) -> list[int]:
-    """Of steps in rising order those whose checkpoints stay: the last ones, and the multiples of `keep_every`."""
+def kept(
+    steps: Sequence[int], keep_last: int, keep_every: int, keep_best: int = 0, best: Iterable[int] = ()
+) -> list[int]:
+    """Of steps in rising order those whose checkpoints stay: the last, the best and the multiples of `keep_every`.
+
+    Args:
+        best: steps with a score, the best first; what has no checkpoint any more takes no place.
+    """
+    stay = set([step for step in best if step in steps][:keep_best])
     return [
         step
         for index, step in enumerate(steps)
-        if index >= len(steps) - keep_last or (keep_every > 0 and step % keep_every == 0)
+        if index >= len(steps) - keep_last or (keep_every > 0 and step % keep_every == 0) or step in stay
     ]
 
 
-def prune(run: Path, config: CheckpointConfig) -> None:
-    """Delete the checkpoints that the run does not keep."""
+def prune(run: Path, config: CheckpointConfig, best: Iterable[int] = ()) -> None:
+    """Delete the checkpoints that the run does not keep.
+
+    Args:
+        best: as for `kept`.
+    """
     folders = {int(folder.name.removeprefix("step_")): folder for folder in step_folders(run)}
-    for step in sorted(folders.keys() - set(kept(sorted(folders), config.keep_last, config.keep_every))):
+    staying = kept(sorted(folders), config.keep_last, config.keep_every, config.keep_best, best)
+    for step in sorted(folders.keys() - set(staying)):
         going = folders[step].rename(folders[step].with_name(INCOMPLETE + folders[step].name))
         shutil.rmtree(going)
 
@@ -177,7 +189,9 @@ def most_at_once(config: CheckpointConfig, steps: int) -> int:
     for step in [*range(config.save_interval, steps, config.save_interval), steps]:
         held.append(step)
         most = max(most, len(held))
-        held = kept(held, config.keep_last, config.keep_every)
+        # At worst the best are none of those that stay anyway.
+        best = sorted(held, key=lambda step: config.keep_every > 0 and step % config.keep_every == 0)
+        held = kept(held, config.keep_last, config.keep_every, config.keep_best, best)
     return most
 
 
@@ -203,7 +217,7 @@ def check_disk(config: CheckpointConfig, steps: int, size: int) -> None:
         raise ValueError(
             f"--checkpoint.save {config.save} has too little room: {count} checkpoints of {_gigabytes(size)} at once "
             f"need {_gigabytes(count * size)}, but {_gigabytes(free)} are free there{own_room}: free some, choose "
-            "another folder, keep fewer (--checkpoint.keep-last, --checkpoint.keep-every) or freeze more "
+            "another folder, keep fewer (--checkpoint.keep-last, keep-every, keep-best) or freeze more "
             "(--model.freeze)"
         )
 

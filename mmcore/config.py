@@ -3,44 +3,11 @@
 Imports no torch, so that a wrong option is refused in a fraction of a second.
 """
 
-import difflib
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-import yaml
-
+from mmcore.checks import check_patterns, positive
 from mmcore.constants import MODULES
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'x'?" or nothing."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def positive(section: str, owner: Any, *names: str) -> None:
-    """Raise a ValueError for the first of the named fields that is not above zero."""
-    for name in names:
-        if getattr(owner, name) <= 0:
-            raise ValueError(f"--{section}.{name.replace('_', '-')} must be above 0, not {getattr(owner, name)}")
-
-
-def check_patterns(option: str, patterns: Iterable[str]) -> None:
-    """Raise a ValueError for the first pattern that cannot name a module or parameter of the model."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{option} {pattern!r} is not a regular expression: {error}") from None
-        head = re.match(r"(\w+)(?:\\\.|\.\w|$)", pattern)  # what stands before the first dot, where it is a plain name
-        if head and head[1] not in MODULES:
-            raise ValueError(
-                f"{option} {pattern!r} begins with {head[1]!r}, which is no part of the model"
-                f"{nearest(head[1], MODULES)}; the parts are {', '.join(MODULES)}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +45,12 @@ class ParallelConfig:
     """Ranks that share each layer."""
     pipeline_model_parallel_size: int = 1
     """Stages that the language model's layers are cut into; the vision tower lives on the first."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence of the language model, for ones that are too long for one: each has all the
+    weights, sees all the pictures, and keeps the activations of its positions."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of layers on each stage, which a micro batch visits in turns: stages wait less while the pipeline fills
+    and empties, and send more. The micro batches of a step must be a multiple of the stages."""
     num_layers_in_first_pipeline_stage: int = 0
     """The language model's layers beside the vision tower; 0 weighs what all stages compute. Training alone asks:
     checkpoints are the same."""
@@ -91,8 +64,19 @@ class ParallelConfig:
     overlap-grad-reduce, which cuts them into the portions that are handed round."""
 
     def __post_init__(self) -> None:
-        positive("parallel", self, "tensor_model_parallel_size", "pipeline_model_parallel_size")
-        first = self.num_layers_in_first_pipeline_stage
+        names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+        positive("parallel", self, *names, "context_parallel_size")
+        first, chunks = self.num_layers_in_first_pipeline_stage, self.virtual_pipeline_model_parallel_size
+        if chunks > 1 and self.pipeline_model_parallel_size == 1:
+            raise ValueError(
+                f"--parallel.virtual-pipeline-model-parallel-size {chunks} cuts the stages of a pipeline, and there is "
+                "one: give --parallel.pipeline-model-parallel-size 2 or more, or leave it out"
+            )
+        if 0 < first < chunks:
+            raise ValueError(
+                f"--parallel.num-layers-in-first-pipeline-stage {first} is less than the "
+                f"--parallel.virtual-pipeline-model-parallel-size {chunks} of its chunks: each needs a layer"
+            )
         if first < 0 or (first and self.pipeline_model_parallel_size == 1):
             raise ValueError(
                 f"--parallel.num-layers-in-first-pipeline-stage {first} with --parallel.pipeline-model-parallel-size "
@@ -106,19 +90,30 @@ class ParallelConfig:
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             raise ValueError("--parallel.overlap-param-gather needs --parallel.overlap-grad-reduce: give both")
 
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the micro batches of a step must be a multiple of."""
+        return self.pipeline_model_parallel_size if self.virtual_pipeline_model_parallel_size > 1 else 1
+
     def data_parallel_size(self, world_size: int) -> int:
         """Model replicas among `world_size` ranks.
 
         Raises:
             ValueError: the ranks cannot be dealt out evenly.
         """
-        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        if world_size % (tensor * pipeline):
+        tensor, pipeline, context = (
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.context_parallel_size,
+        )
+        size = tensor * pipeline * context
+        if world_size % size:
+            sizes = f"tensor {tensor} x pipeline {pipeline}" + (f" x context {context}" if context > 1 else "")
             raise ValueError(
-                f"{world_size} ranks cannot be dealt to replicas of {tensor * pipeline} (tensor {tensor} x pipeline "
-                f"{pipeline}): start a multiple of {tensor * pipeline} ranks, or change --parallel.*"
+                f"{world_size} ranks cannot be dealt to replicas of {size} ({sizes}): start a multiple of {size} "
+                "ranks, or change --parallel.*"
             )
-        return world_size // (tensor * pipeline)
+        return world_size // size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,6 +186,12 @@ class TrainConfig:
     """Rows of one optimizer step, over all replicas; see data.packing-buffer-size."""
     micro_batch_size: int = 1
     """Rows of one forward pass on one replica."""
+    rampup_batch_size: tuple[int, ...] = ()
+    """Begin with smaller steps: START INCREMENT ROWS. Steps have START rows, and INCREMENT more each time that an equal
+    part of the first ROWS rows of the run is done, until they have global-batch-size. All count rows, as that does."""
+    loss_weighting: Literal["tokens", "sqrt_turn"] = "tokens"
+    """What a trained token counts: tokens, each 1; sqrt_turn, 1/sqrt(n) in an answer of n trained tokens, so that long
+    answers weigh more than short ones but not in proportion. The loss divides by the sum over the global batch."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number format of weights and activations; the optimizer keeps fp32 masters."""
     seed: int = 1234
@@ -211,6 +212,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive("train", self, "max_bad_steps", "steps", "global_batch_size", "micro_batch_size", "val_batches")
+        self._check_rampup()
         if self.val_interval < 0:
             raise ValueError(f"--train.val-interval must not be negative, but is {self.val_interval}")
         if self.spike_factor and not self.spike_factor > 1:
@@ -227,20 +229,76 @@ class TrainConfig:
         ends = [stage.until for stage in self.stages] or [0]
         return (*ends[:-1], ends[-1] or self.steps)
 
-    def num_microbatches(self, data_parallel_size: int) -> int:
+    def _check_rampup(self) -> None:
+        if not self.rampup_batch_size:
+            return
+        text = f"--train.rampup-batch-size {' '.join(map(str, self.rampup_batch_size))}"
+        if len(self.rampup_batch_size) != 3 or min(self.rampup_batch_size) <= 0:
+            raise ValueError(f"{text} is not START INCREMENT ROWS, three numbers above 0")
+        start, increment, _ = self.rampup_batch_size
+        if start >= self.global_batch_size or (self.global_batch_size - start) % increment:
+            raise ValueError(
+                f"{text} does not grow from {start} by {increment} to --train.global-batch-size "
+                f"{self.global_batch_size}: the way between must be a multiple of {increment}"
+            )
+
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Rows that a step of the run can have, growing; the last is the global batch."""
+        start, increment, _ = self.rampup_batch_size or (self.global_batch_size, 1, 0)
+        return tuple(range(start, self.global_batch_size + 1, increment))
+
+    def batch_size(self, step: int) -> int:
+        """Rows of a step, from 1: the same however often, and on however many ranks, the run was resumed."""
+        return self.rows_before(step + 1) - self.rows_before(step)
+
+    def rows_before(self, step: int) -> int:
+        """Rows of all steps before one, from 1.
+
+        A step's size goes by the rows that were done before it, as Megatron-LM's by its samples: with k
+        increments on the way, size number i from `i * ROWS / k` of them on.
+        """
+        *growing, whole = self.batch_sizes()
+        rows, steps = 0, step - 1
+        for index, size in enumerate(growing, 1):
+            end = self.rampup_batch_size[2] * index
+            fitting = min(steps, max(0, -(-(end - rows * len(growing)) // (size * len(growing)))))
+            rows, steps = rows + fitting * size, steps - fitting
+        return rows + steps * whole
+
+    def num_microbatches(self, data_parallel_size: int, rows: int = 0) -> int:
         """Forward passes of one step on one replica.
 
+        Args:
+            rows: of the step; those of the global batch if left out.
         Raises:
-            ValueError: the global batch cannot be dealt out evenly.
+            ValueError: they cannot be dealt out evenly.
         """
-        samples = self.micro_batch_size * data_parallel_size
-        if self.global_batch_size % samples:
+        rows, samples = rows or self.global_batch_size, self.micro_batch_size * data_parallel_size
+        if rows % samples:
+            what = f"--train.global-batch-size {rows}"
+            if rows != self.global_batch_size:
+                what = f"--train.rampup-batch-size {' '.join(map(str, self.rampup_batch_size))}: {rows} rows on the way"
             raise ValueError(
-                f"--train.global-batch-size {self.global_batch_size} is not a multiple of --train.micro-batch-size "
-                f"{self.micro_batch_size} x {data_parallel_size} data parallel ranks: change one of them, or start "
-                "fewer ranks"
+                f"{what} is not a multiple of --train.micro-batch-size {self.micro_batch_size} x {data_parallel_size} "
+                "data parallel ranks: change one of them, or start fewer ranks"
             )
-        return self.global_batch_size // samples
+        return rows // samples
+
+    def check_batch_sizes(self, data_parallel_size: int, multiple: int = 1) -> None:
+        """Raise a ValueError for the first step size of the run that cannot be dealt out evenly.
+
+        Args:
+            multiple: as of `ParallelConfig.microbatch_multiple`.
+        """
+        for rows in self.batch_sizes():
+            number = self.num_microbatches(data_parallel_size, rows)
+            if number % multiple:
+                raise ValueError(
+                    f"a step of {rows} rows is {number} micro batches on each replica, but with "
+                    "--parallel.virtual-pipeline-model-parallel-size they must be a multiple of the "
+                    f"{multiple} pipeline stages: change --train.global-batch-size, --train.rampup-batch-size or "
+                    "--train.micro-batch-size"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,12 +326,21 @@ class OptimizerConfig:
     module_lr: tuple[str, ...] = ()
     """Highest learning rates of parts of the model, such as vision_model=2e-6: names as of --model.freeze, of which the
     last that fits counts. Their schedule is that of lr, min-lr in proportion."""
+    states: Literal["full", "lean"] = "full"
+    """What is kept of a bf16 weight that is trained: full, 16 bytes beside it, which are a float32 gradient, master and
+    two moments; lean, 8, a bf16 gradient and moments and the 16 bits that the master has more than the weight.
+    Checkpoints are the same. Lean moments cannot follow a slow average: adam-beta2 must be at most 0.99."""
 
     def __post_init__(self) -> None:
         positive("optimizer", self, "lr")
         check_patterns("--optimizer.module-lr", self.module_rates())
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--optimizer.min-lr {self.min_lr} must lie between 0 and --optimizer.lr {self.lr}")
+        if self.states == "lean" and self.adam_beta2 > 0.99:
+            raise ValueError(
+                f"--optimizer.states lean with --optimizer.adam-beta2 {self.adam_beta2}: moments in bf16 lose changes "
+                "below 1/256, so the second one would stand still; give 0.99 or less, or --optimizer.states full"
+            )
 
     def module_rates(self) -> dict[str, float]:
         """Learning rates by pattern.
@@ -301,13 +368,15 @@ class CheckpointConfig:
     """Where the run is kept, and how often."""
 
     save: str = ""
-    """Folder of the run: checkpoints, log.jsonl. A run that finds a checkpoint there goes on from it."""
+    """Folder of the run: checkpoints, log.jsonl, report.html. A run that finds a checkpoint there goes on from it."""
     save_interval: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep_last: int = 2
     """Newest checkpoints that stay."""
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this stay for ever, beside the newest; 0 for none."""
+    keep_best: int = 0
+    """Best checkpoints that stay beside these, by --eval.metric or, without --eval.task, by validation loss."""
     async_save: bool = False
     """Train on while a checkpoint is written, from a copy in the host's memory; published when all ranks are done."""
 
@@ -318,6 +387,45 @@ class CheckpointConfig:
                 f"--checkpoint.keep-every {self.keep_every} must be a multiple of --checkpoint.save-interval "
                 f"{self.save_interval}, or 0 to keep the newest alone"
             )
+        if self.keep_best < 0:
+            raise ValueError(f"--checkpoint.keep-best must not be negative, but is {self.keep_best}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Scores while training: the model, as it is then, answers a task's examples."""
+
+    task: str = ""
+    """Task of `mmcore evaluate` whose examples, prompts and rules count; none if empty."""
+    data: str = ""
+    """The task's own file."""
+    images: str = ""
+    """Folder of its pictures; by default `images` beside the file, or the file's folder."""
+    interval: int = 0
+    """Steps between scores, and there is one after the last step."""
+    num_samples: int = 0
+    """Examples that are answered, drawn from the file once for all; 0 for all of them."""
+    max_new_tokens: int = 64
+    """Longest answer, in tokens."""
+    batch_size: int = 16
+    """Most prompts in one forward pass; their key-value cache needs memory beside what training holds."""
+    metric: str = ""
+    """What checkpoints are compared by; by default the number that the task is known by. The log has all of them."""
+    tokenizer: Literal["auto", "ptb", "python", "none"] = "auto"
+    """How captions are cut into words, as in `mmcore evaluate`."""
+
+    def __post_init__(self) -> None:
+        positive("eval", self, "max_new_tokens", "batch_size")
+        for name in ("interval", "num_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--eval.{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
+        given = [item.name.replace("_", "-") for item in fields(self) if getattr(self, item.name) != item.default]
+        if given and not self.task:
+            raise ValueError(f"--eval.{given[0]} without --eval.task: name the task that the model is to be scored on")
+        if self.task and not self.interval:
+            raise ValueError(f"--eval.task {self.task} without --eval.interval: give the steps between scores")
+        if self.task and not self.data:
+            raise ValueError(f"--eval.task {self.task} without --eval.data: give the file of its examples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,9 +436,15 @@ class LoggingConfig:
     """Steps between lines on the terminal; log.jsonl has every step."""
     tensorboard_dir: str = ""
     """Folder for TensorBoard; none if empty."""
+    wandb_project: str = ""
+    """Project of Weights & Biases, which has to be installed; none if empty. WANDB_MODE=offline stays on the disk."""
+    wandb_name: str = ""
+    """What the run is called there; by default as the folder of --checkpoint.save."""
 
     def __post_init__(self) -> None:
         positive("logging", self, "log_interval")
+        if self.wandb_name and not self.wandb_project:
+            raise ValueError(f"--logging.wandb-name {self.wandb_name} needs --logging.wandb-project")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,8 +458,22 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if self.optimizer.states == "lean" and self.train.precision != "bf16":
+            raise ValueError(
+                "--optimizer.states lean keeps what a bf16 weight lacks of its master, but --train.precision is "
+                f"{self.train.precision}: give bf16, or --optimizer.states full"
+            )
+        if self.eval.task and self.parallel.context_parallel_size > 1:
+            raise ValueError(
+                f"--eval.task {self.eval.task} with --parallel.context-parallel-size "
+                f"{self.parallel.context_parallel_size}: ranks that share a sequence cannot answer, since the "
+                "key-value cache is not cut. Score the checkpoints by `mmcore generate`; --train.val-interval works"
+            )
+        if self.checkpoint.keep_best:
+            self._check_best()
         ends = self.train.stage_ends()
         shortest = min(end - start for start, end in zip((0, *ends), ends, strict=False))
         if self.optimizer.lr_warmup_steps >= shortest:
@@ -354,65 +482,18 @@ class RunConfig:
                 + (f"the {shortest} of the shortest stage" if self.train.stages else f"--train.steps {shortest}")
             )
 
-
-def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> Any:
-    """Replace fields of a config dataclass by a nested dict's values.
-
-    Raises:
-        ValueError: an unknown key (names the nearest) or a value of the wrong kind.
-    """
-    known = {item.name: getattr(config, item.name) for item in fields(config)}
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {name!r}{nearest(key, known)}")
-        current = known[key]
-        if is_dataclass(current):
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: {name!r} is a section: it takes keys below it, not {value!r}")
-            changes[key] = merge(current, value, where, f"{name}.")
-        elif isinstance(item := next(iter(get_args(get_type_hints(type(config))[key])), None), type) and is_dataclass(
-            item
-        ):
-            if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-                raise ValueError(f"{where}: {name!r} is a list of sections, not {value!r}")
-            changes[key] = tuple(merge(item(), entry, where, f"{name}.{index}.") for index, entry in enumerate(value))
-        else:
-            changes[key] = _checked(current, value, name, where)
-    return replace(config, **changes)
-
-
-def _checked(current: Any, value: Any, name: str, where: str) -> Any:
-    """`value` as the kind that `current` has: YAML writes 1e-3 as text and a tuple as a list."""
-    kind = type(current)
-    try:
-        if kind is tuple and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        if kind is float and not isinstance(value, bool):
-            return float(value)
-        if type(value) is kind:
-            return value
-    except (TypeError, ValueError):
-        pass
-    wanted = "list of names" if kind is tuple else kind.__name__
-    raise ValueError(f"{where}: {name!r} takes a {wanted}, not {value!r}")
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping from a YAML file.
-
-    Raises:
-        ValueError: missing, unreadable, not YAML, or not a mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"--config {path} must hold sections (model, parallel, data, ...), not {type(content).__name__}"
-        )
-    return content
+    def _check_best(self) -> None:
+        """Every checkpoint has a score of its own step to be compared by."""
+        option, interval = "--eval.interval", self.eval.interval
+        if not self.eval.task:
+            option, interval = "--train.val-interval", self.train.val_interval
+        if not interval:
+            raise ValueError(
+                f"--checkpoint.keep-best {self.checkpoint.keep_best} has nothing to go by: give --eval.task and its "
+                "options, or --train.val-interval for the validation loss"
+            )
+        if self.checkpoint.save_interval % interval:
+            raise ValueError(
+                f"--checkpoint.keep-best compares checkpoints by the score of their step: --checkpoint.save-interval "
+                f"{self.checkpoint.save_interval} must be a multiple of {option} {interval}"
+            )

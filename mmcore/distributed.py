@@ -1,6 +1,7 @@
 """Ranks: process group, megatron-core's parallel groups, seeds, who writes, who reads data."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
@@ -50,6 +51,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
     )
     torch.manual_seed(seed)
@@ -79,29 +82,37 @@ def data_parallel_size() -> int:
 
 def is_data_source() -> bool:
     """Whether this rank reads the data of its model replica."""
-    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_first_stage()
+    in_stage = dist.get_rank(parallel_state.get_tensor_and_context_parallel_group())
+    return in_stage == 0 and parallel_state.is_pipeline_first_stage()
 
 
-def broadcast_in_replica(value: Any) -> Any:
-    """Give every rank of a model replica what its data source has.
+def broadcast_in_replica(value: Any, first_stage_only: Collection[str] = ()) -> Any:
+    """Give every rank of a model replica what its data source has: the first pipeline stage, then the others.
 
     Args:
         value: on the data source a slotted dataclass of tensors (on the CPU) and small objects, or any
             other object that pickles; ignored elsewhere.
+        first_stage_only: tensors that later stages do not get, such as pictures; there their first dimension is 0.
     Returns:
         The same value on every rank of the replica, tensors on this rank's device.
     """
-    group = parallel_state.get_model_parallel_group()
-    source = dist.get_global_rank(group, 0)
+    if parallel_state.is_pipeline_first_stage():
+        value = _broadcast(value, parallel_state.get_tensor_and_context_parallel_group(), ())
+    return _broadcast(value, parallel_state.get_pipeline_model_parallel_group(), first_stage_only)
+
+
+def _broadcast(value: Any, group: Any, withheld: Collection[str]) -> Any:
+    """What the first rank of a group has, on all its ranks."""
+    source, size = dist.get_global_rank(group, 0), dist.get_world_size(group)
     tensors: dict[str, torch.Tensor] = {}
-    if is_data_source() and hasattr(value, "__dataclass_fields__"):
+    if dist.get_rank() == source and hasattr(value, "__dataclass_fields__"):
         parts = {name: getattr(value, name) for name in value.__dataclass_fields__}
         tensors = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
         rest = {name: part for name, part in parts.items() if name not in tensors}
         header: list[Any] = [(type(value), rest, {name: (part.shape, part.dtype) for name, part in tensors.items()})]
     else:
         header = [(None, value, {})]
-    if dist.get_world_size(group) > 1:
+    if size > 1:
         dist.broadcast_object_list(header, source, group)
     kind, rest, shapes = header[0]
     if kind is None:
@@ -111,8 +122,9 @@ def broadcast_in_replica(value: Any) -> Any:
         if name in tensors:
             tensor = tensors[name].to(host.device(), non_blocking=True).contiguous()
         else:
+            shape = (0, *shape[1:]) if name in withheld else shape
             tensor = torch.empty(shape, dtype=dtype, device=host.device())
-        if dist.get_world_size(group) > 1 and tensor.numel():
+        if size > 1 and tensor.numel() and name not in withheld:
             dist.broadcast(tensor, source, group)
         received[name] = tensor
     return kind(**rest, **received)

@@ -96,6 +96,28 @@ def test_what_is_kept(keep_last: int, keep_every: int, expected: list[int]) -> N
     assert files.kept([10, 20, 30, 40, 50, 60], keep_last, keep_every) == expected
 
 
+@pytest.mark.parametrize(
+    ("keep_best", "best", "expected"),
+    [
+        (1, [20, 60, 10], [20, 60]),
+        (2, [60, 20, 10], [20, 60]),
+        (3, [60, 20, 10], [10, 20, 60]),
+        (1, [35, 10], [10, 60]),  # 35 is gone, or was never kept
+        (2, [], [60]),
+        (0, [20], [60]),
+    ],
+)
+def test_the_best_are_kept(keep_best: int, best: list[int], expected: list[int]) -> None:
+    assert files.kept([10, 20, 30, 40, 50, 60], 1, 0, keep_best, best) == expected
+
+
+def test_the_newest_stays_however_bad_it_is(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    files.prune(tmp_path, CheckpointConfig(keep_last=1, keep_best=1), [20, 10, 30])
+    assert [folder.name for folder in files.step_folders(tmp_path)] == ["step_00000020", "step_00000030"]
+
+
 def test_killed_while_it_makes_room(tmp_path: Path, monkeypatch: Any) -> None:
     """The name goes first, so that what is half deleted is no checkpoint; the next save clears it away."""
     for step in (10, 20, 30, 40):
@@ -180,6 +202,13 @@ def test_published_in_the_place_of_an_older_one(tmp_path: Path) -> None:
 def test_most_checkpoints_at_once(keep_last: int, keep_every: int, steps: int, expected: int) -> None:
     """A new one is whole before an old one goes."""
     config = CheckpointConfig(save_interval=10, keep_last=keep_last, keep_every=keep_every)
+    assert files.most_at_once(config, steps) == expected
+
+
+@pytest.mark.parametrize(("keep_every", "steps", "expected"), [(0, 100, 4), (0, 20, 2), (20, 100, 8), (10, 100, 10)])
+def test_most_checkpoints_at_once_with_the_best(keep_every: int, steps: int, expected: int) -> None:
+    """At worst the two best are others than those that stay anyway."""
+    config = CheckpointConfig(save_interval=10, keep_last=1, keep_every=keep_every, keep_best=2)
     assert files.most_at_once(config, steps) == expected
 
 

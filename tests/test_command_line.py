@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from mmcore.commands.train import as_yaml, parse
-from mmcore.config import RunConfig, TrainConfig, merge
+from mmcore.config import RunConfig, TrainConfig
+from mmcore.config_yaml import merge
 from mmcore.models.architecture import save_architecture
 from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION
 from mmcore.recipes import RECIPES

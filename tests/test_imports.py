@@ -10,40 +10,45 @@ ROOT = Path(__file__).parents[1]
 # A room may import those before it, and itself. `data` is special: see ALLOWED.
 ORDER = (
     "constants",
+    "checks",
     "config",
+    "config_yaml",
     "host",
     "distributed",
     "models",
     "checkpoint_files",
     "checkpoint_shards",
     "checkpoint",
-    "training",
-    "inference",
     "evaluation",
+    "inference",
+    "training",
     "commands",
 )
 ALLOWED = {room: set(ORDER[: index + 1]) for index, room in enumerate(ORDER)}
 ALLOWED["distributed"] |= {"host"}
-ALLOWED["data"] = {"constants", "config", "data"}
+ALLOWED["data"] = {"constants", "checks", "config", "data"}
 ALLOWED["recipes"] = {"config"}
-ALLOWED["__main__"] = {"constants", "config"}
+ALLOWED["__main__"] = {"constants", "checks"}
 for room in ("training", "inference", "commands"):
     ALLOWED[room] |= {"data"}
 ALLOWED["commands"] |= {"recipes"}
-ALLOWED["inference"] -= {"training"}
-ALLOWED["evaluation"] -= {"training", "models", "distributed", "host", "checkpoint"}
+ALLOWED["evaluation"] -= {"models", "distributed", "host", "checkpoint"}
 CONVERTERS = {"constants", "config", "models.architecture", "models.presets"}
 FOLDER = ROOT / "tools" / "converters"
 PROOF = "parity/ranks.py"
 LIGHT = (
     "constants.py",
+    "checks.py",
     "config.py",
+    "config_yaml.py",
     "recipes.py",
     "__main__.py",
     "models/architecture.py",
+    "models/flops.py",
     "models/parameters.py",
     "models/presets.py",
     "checkpoint_files.py",
+    "training/memory.py",
     "commands",
 )
 HEAVY = {"torch", "megatron", "transformers", "open_clip", "torchvision", "PIL", "numpy", "webdataset", "pycocoevalcap"}

@@ -104,7 +104,8 @@ def test_every_file_of_the_tree_has_its_line() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "docs/converters.md", "examples/quickstart/README.md"):
+    pages = (*(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("README.md"))
+    for page in ("README.md", "CONTRIBUTING.md", *pages):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
             if not target.startswith("https://"):
                 assert (ROOT / page).parent.joinpath(target).exists(), f"{page}: {target}"

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from mmcore.config import ParallelConfig
 from mmcore.data.batch import Batch, EncodedSample, collate
 from mmcore.models.architecture import Architecture, LanguageArch, ProjectorArch, VisionArch
+from mmcore.models.interleaved import InterleavedModel, build_model
 from mmcore.models.llava import LlavaModel, base_config
 from mmcore.models.presets import compose
 
@@ -37,14 +38,16 @@ def build(
     dtype: torch.dtype = torch.float32,
     recompute: str = "none",
     layers: Sequence[int] = (),
-) -> LlavaModel:
+) -> LlavaModel | InterleavedModel:
     """The same weights at every layout: each is drawn whole by its global name, then cut.
 
     Norms and biases are drawn as well: ones and zeros would hide mistakes.
     """
-    model = LlavaModel(arch or architecture(), "local", layers, **base_config(parallel, dtype, recompute))
+    model = build_model(arch or architecture(), "local", layers, **base_config(parallel, dtype, recompute))
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel.tensor_model_parallel_size
     for name, parameter in global_parameters(model):
+        if getattr(parameter, "shared", False):  # the last stage's copy of the embedding
+            name = "language_model.embedding.word_embeddings.weight"
         shape, cut = list(parameter.shape), getattr(parameter, "partition_dim", -1)
         cut = cut if getattr(parameter, "tensor_model_parallel", False) else -1
         if cut >= 0:
@@ -58,15 +61,15 @@ def build(
     return model
 
 
-def global_parameters(model: LlavaModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters by the name that they have in the whole model, whatever the pipeline stage."""
-    stack = model.language_model.decoder.layers
-    first_layer = stack[0].layer_number - 1
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        if name.startswith("language_model.decoder.layers."):
-            parts[3] = str(int(parts[3]) + first_layer)
-        yield ".".join(parts), parameter
+def global_parameters(model: LlavaModel | InterleavedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters by the name that they have in the whole model, whatever the pipeline stage and chunk."""
+    for chunk in model.chunks:
+        first_layer = chunk.language_model.decoder.layers[0].layer_number - 1
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if name.startswith("language_model.decoder.layers."):
+                parts[3] = str(int(parts[3]) + first_layer)
+            yield ".".join(parts), parameter
 
 
 def sample(seed: int, images: int = 1) -> EncodedSample:

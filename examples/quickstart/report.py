@@ -4,7 +4,6 @@ Exits with 1 if a bar is missed.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter
@@ -18,6 +17,7 @@ from mmcore.evaluation import exact_match
 from mmcore.evaluation.curves import Curve
 from mmcore.evaluation.predictions import load_predictions
 from mmcore.evaluation.report import GalleryItem, SummaryRow, write_report
+from mmcore.evaluation.run_files import rows_by_step, values
 from mmcore.evaluation.task import Example, read_json
 
 CAPTION_BAR = 90.0  # per cent of held-out captions that must be exactly right
@@ -41,16 +41,9 @@ def load_answered(run: Path, part: str, data: str) -> list[Answered]:
 
 
 def load_curve(path: Path, name: str) -> Curve:
-    """Loss by step; where a run was continued, the later line counts."""
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        losses = {row["step"]: float(row["loss"]) for row in rows}
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a training log, one object with step and loss a line: {error}") from None
-    steps = sorted(losses)
-    return Curve(name, steps, [losses[step] for step in steps])
+    """Loss by step."""
+    rows = rows_by_step(path)
+    return Curve(name, [row["step"] for row in rows], values(rows, "loss"))
 
 
 def load_scores(run: Path, part: str, scorer: str) -> dict[str, Any]:

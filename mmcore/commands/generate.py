@@ -1,21 +1,18 @@
 """`mmcore generate --checkpoint DIR --task TASK --data PATH --output predictions.jsonl`."""
 
-import json
 import os
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from mmcore.config import ParallelConfig
 from mmcore.constants import EXIT_DONE, TOKENIZER_DIR
+from mmcore.evaluation.predictions import write_predictions
 from mmcore.evaluation.task import TASKS, Example, load_task
 from mmcore.models.architecture import Architecture, check_layout, load_architecture, newest
-
-if TYPE_CHECKING:
-    from mmcore.inference.generator import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +75,7 @@ def main(argv: list[str]) -> int:
         examples = shuffled(examples)
     answers = answer(config, parallel, architecture, source, examples)
     if int(os.environ.get("RANK", 0)) == 0:
-        write(config.output, examples, answers)
+        write_predictions(config.output, examples, answers)
         print(f"{len(answers)} answers in {config.output}")
     return EXIT_DONE
 
@@ -101,9 +98,8 @@ def answer(
 
     from mmcore import distributed, host
     from mmcore.checkpoint import load_checkpoint
-    from mmcore.data.templates import find_template
     from mmcore.data.tokenizer import load_tokenizer
-    from mmcore.inference.generator import generate
+    from mmcore.inference.answers import answer_texts, layout
     from mmcore.models.llava import LlavaModel, base_config
 
     tokenizer = load_tokenizer(source / TOKENIZER_DIR)
@@ -116,48 +112,14 @@ def answer(
     console = Console(stderr=True)
     with Progress(console=console, disable=not (console.is_terminal and distributed.is_main())) as progress:
         task = progress.add_task("generating", total=len(prompts) // distributed.data_parallel_size())
-        tokens = generate(
+        texts = answer_texts(
             model,
             prompts,
-            end_id=find_template(architecture.conversation).end_id(tokenizer),
+            tokenizer,
+            architecture.conversation,
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             on_progress=lambda count: progress.advance(task, count),
         )
     distributed.shutdown()
-    return [tokenizer.decode(row).strip() for row in tokens]
-
-
-def layout(example: Example, tokenizer: Any, architecture: Architecture) -> "Prompt":
-    """Tokens and pixels of one example."""
-    from mmcore.data.conversation import encode_prompt
-    from mmcore.data.pictures import Pictures
-    from mmcore.inference.generator import Prompt
-
-    pictures = Pictures(**architecture.picture_options())
-    try:
-        files = [example.image.read_bytes()] if example.image else []
-        ids = [pictures.ids(data, tokenizer) for data in files]
-        encoded = pictures.encode(files)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"picture {example.image} of example {example.id}: {error}") from None
-    tokens = encode_prompt(
-        example.prompt,
-        tokenizer,
-        architecture.conversation,
-        pictures=ids,
-        image_token_id=pictures.image_token_id,
-    )
-    return Prompt(tokens=tokens, images=encoded.images, image_sources=encoded.sources)
-
-
-def write(output: Path, examples: list[Example], answers: list[str]) -> None:
-    """Write the predictions whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.incomplete")
-    with partial.open("w", encoding="utf-8") as file:
-        for example, text in zip(examples, answers, strict=True):
-            file.write(
-                json.dumps({"id": example.id, "prompt": example.prompt, "answer": text}, ensure_ascii=False) + "\n"
-            )
-    partial.replace(output)
+    return texts

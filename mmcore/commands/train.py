@@ -3,19 +3,23 @@
 import argparse
 import os
 import sys
-from dataclasses import asdict
+import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import tyro
-import yaml
 
 from mmcore.checkpoint_files import check_disk, checkpoint_bytes, never_trained
-from mmcore.config import RunConfig, load_yaml, merge, nearest
+from mmcore.checks import nearest
+from mmcore.config import RunConfig
+from mmcore.config_yaml import as_yaml, load_yaml, merge
 from mmcore.constants import EXIT_DONE, EXIT_FAULT
+from mmcore.evaluation.task import check_eval
 from mmcore.models.architecture import Architecture, check_layout, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
+from mmcore.training.run_lock import run_lock
+from mmcore.training.writers import check_writers
 
 
 def usage() -> str:
@@ -71,22 +75,15 @@ def check(config: RunConfig, world_size: int) -> Architecture:
         raise ValueError("no place to keep the run: give --checkpoint.save, a folder for its checkpoints and log")
     architecture = with_image_mode(resolve_architecture(config.model), config.data.image_mode)
     check_layout(architecture, config.parallel)
-    config.train.num_microbatches(config.parallel.data_parallel_size(world_size))
+    if config.eval.task:
+        check_eval(config.eval)
+    check_writers(config.logging)
+    parallel = config.parallel
+    config.train.check_batch_sizes(parallel.data_parallel_size(world_size), parallel.microbatch_multiple)
     frozen = never_trained([stage.freeze for stage in config.train.stages] or [config.model.freeze])
     size = checkpoint_bytes(architecture, frozen, 2 if config.train.precision == "bf16" else 4)
     check_disk(config.checkpoint, config.train.steps, size)
     return architecture
-
-
-def as_yaml(config: RunConfig) -> str:
-    """YAML that `--config` takes back."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple) else value
-
-    return str(yaml.safe_dump(plain(asdict(config)), sort_keys=False))
 
 
 def main(argv: list[str]) -> int:
@@ -98,6 +95,18 @@ def main(argv: list[str]) -> int:
         print(as_yaml(config), end="")
         return EXIT_DONE
     architecture = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    is_main = os.environ.get("RANK", "0") == "0"
+    run = Path(config.checkpoint.save)
+    with run_lock(run) if is_main else nullcontext():
+        try:
+            return _train(config, architecture, is_main)
+        finally:  # finished, stopped or interrupted
+            if is_main:
+                _report(run)
+
+
+def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
+    """The run, and each fault of it said once."""
     from mmcore.checkpoint import SaveError
     from mmcore.data.stream import TooManySkippedError
     from mmcore.training.loop import train
@@ -105,11 +114,26 @@ def main(argv: list[str]) -> int:
 
     try:
         train(config, architecture)
-    except SaveError as error:  # which all ranks raise
-        if os.environ.get("RANK", "0") == "0":
+    except (BadStepError, SaveError) as error:  # which all ranks raise
+        if is_main:
             print(f"mmcore train: {error}", file=sys.stderr)
+        else:
+            time.sleep(3)  # torchrun ends the others as soon as one has failed: the first speaks before that
         return EXIT_FAULT
-    except (BadStepError, TooManySkippedError) as error:
+    except TooManySkippedError as error:  # of the rank that reads those samples
         print(f"mmcore train: {error}", file=sys.stderr)
         return EXIT_FAULT
     return EXIT_DONE
+
+
+def _report(run: Path) -> None:
+    """Write the page of a run that has a step to tell of; what keeps it from that is said, and ends nothing."""
+    from mmcore.evaluation.run_page import write_run_page
+
+    log = run / "log.jsonl"
+    if not log.exists() or not log.stat().st_size:
+        return
+    try:
+        print(f"{write_run_page(run)}: the run's curves and numbers", file=sys.stderr)
+    except Exception as error:  # a run is not to fail for its picture
+        print(f"mmcore train: no report.html was written: {type(error).__name__}: {error}", file=sys.stderr)

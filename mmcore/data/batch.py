@@ -42,7 +42,7 @@ class Batch:
     labels: Tensor  # int64 [1, s]; the next token, 0 where it is not trained
     loss_mask: Tensor  # float32 [1, s]; 0 where it is not trained
     loss_positions: Tensor  # int64 [t]; where loss_mask is not 0
-    images: Tensor  # uint8 [n, 3, h, w]
+    images: Tensor  # uint8 [n, 3, h, w]; none on later pipeline stages
     image_sources: Tensor | None = None  # int64 [e]; as a sample's, of all images; None: every feature in order
     cu_seqlens: Tensor  # int32 [b + 1]; where each sample begins, and the end
     max_seqlen: int

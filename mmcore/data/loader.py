@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -64,18 +64,18 @@ def read_states(states: Sequence[bytes]) -> Saved:
     """
     try:
         contents = [json.loads(state) for state in states]
-        turns = [content["turn"] for content in contents]
+        positions = [int(content["position"]) for content in contents]
         sizes = {content["data_parallel_size"] for content in contents}
         places = {
             int(stream): Place.from_json(place) for content in contents for stream, place in content["places"].items()
         }
-        saved = Saved({"num_streams": 0, **contents[0]["fingerprint"]}, turns[0] * len(states), places)
+        saved = Saved({"num_streams": 0, **contents[0]["fingerprint"]}, positions[0], places)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the loader's state cannot be read ({error!r}): resume from another checkpoint") from None
-    if sizes != {len(states)} or len(set(turns)) > 1:
+    if sizes != {len(states)} or len(set(positions)) > 1:
         raise ValueError(
             f"the loader's states are not those of all ranks at one step ({len(states)} files of {sorted(sizes)} "
-            f"ranks, turns {sorted(set(turns))}): resume from another checkpoint"
+            f"ranks, after {sorted(set(positions))} batches): resume from another checkpoint"
         )
     return saved
 
@@ -143,14 +143,14 @@ class Loader:
         possible = [count for count in range(1, num_workers + 1) if len(self._streams) % count == 0]
         self.num_workers = max(possible, default=0)
         self._places: dict[int, Place] = {}
-        self._turn = 0
+        self._position = 0  # micro batches of the whole run that were taken, by all ranks as many
         self._loader: Any = None
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
         reader = Reader(
             streams=self._streams,
-            first=self._turn,
+            first=-(-(self._position - self._rank) // self._size),
             places=dict(self._places),
             blend=self._blend,
             layout=self._layout,
@@ -165,7 +165,7 @@ class Loader:
             if taken.error:
                 raise TooManySkippedError(taken.error)
             self._places[taken.stream] = taken.place
-            self._turn += 1
+            self._position += self._size
             yield taken.batch
 
     def counts(self) -> dict[str, Count]:
@@ -192,7 +192,7 @@ class Loader:
         content = {
             "fingerprint": asdict(self._fingerprint),
             "data_parallel_size": self._size,
-            "turn": self._turn,
+            "position": self._position,
             "places": {str(stream): asdict(place) for stream, place in self._places.items()},
         }
         return json.dumps(content).encode()
@@ -217,7 +217,7 @@ class Loader:
                 f"the data cannot go on where the checkpoint stopped: {'; '.join(differing)}. "
                 "Resume with the same values, or start a new run from the checkpoint's weights"
             )
-        self._turn = -(-(saved.position - self._rank) // self._size)
+        self._position = saved.position
         self._places = {stream: place for stream, place in saved.places.items() if stream in self._streams}
 
     def close(self) -> None:
@@ -241,6 +241,7 @@ def build_loader(
     seed: int,
     states: Sequence[bytes] = (),
     split: str = "train",
+    loss_weighting: Literal["tokens", "sqrt_turn"] = "tokens",
 ) -> Loader:
     """Open a split of a dataset. The order of its samples depends on the seed and the streams alone.
 
@@ -249,6 +250,7 @@ def build_loader(
         pictures: what the model makes of them.
         micro_batch_size: rows of a batch; without packing, samples.
         states: what `state_dict` gave on each rank, in order, to go on from there; the beginning if left out.
+        loss_weighting: see mmcore.config.TrainConfig.
     Raises:
         ValueError: no dataset, too few samples for so many ranks and workers, streams that cannot be dealt
             to the ranks, unknown template, the tokenizer can make image_token_id of text, a
@@ -256,6 +258,7 @@ def build_loader(
     """
     pictures = replace(pictures, resize=config.image_resize)
     layout = build_layout(tokenizer, conversation, pictures, config.seq_length)
+    layout = replace(layout, loss_weighting=loss_weighting)
     dataset = open_dataset(config.path, split)
     wanted = config.num_streams or (read_states(states).num_streams if states else 0)
     num_streams = _num_streams(wanted, config, dataset, data_parallel_size)

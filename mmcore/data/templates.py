@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mmcore.config import nearest
+from mmcore.checks import nearest
 from mmcore.constants import IMAGE_TAG
 from mmcore.data.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ SPICE is left out: its scorer downloads a parser when it is made, and blocks all
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,17 +22,19 @@ from typing import Any
 from mmcore.evaluation.metrics.captions import score_captions
 from mmcore.evaluation.predictions import load_predictions
 from mmcore.evaluation.scores import Scores
-from mmcore.evaluation.task import Example, Tokenizer, find_images, read_json, sample_id
+from mmcore.evaluation.task import Example, Tokenizer, find_images, only_these, read_json, sample_id
 
 # Megatron-LM, examples/multimodal/run_text_generation.py at commit d98e8a6, task "captioning".
 PROMPT = "Give a brief description of this image in one sentence."
 
+METRIC = "CIDEr"
 SCALES = {
     **{f"Bleu_{n}": "0 to 1" for n in range(1, 5)},
     "METEOR": "0 to 1",
     "ROUGE_L": "0 to 1",
     "CIDEr": "0 to 10",
 }
+TOKENIZERS: tuple[Tokenizer, ...] = ("auto", "ptb", "python", "none")
 
 # COCO's file names: COCO_val2014_000000391895.jpg and 000000391895.jpg are the picture 391895.
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
@@ -60,16 +62,18 @@ def examples(data: Path, images: Path | None = None) -> list[Example]:
     ]
 
 
-def score(predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto") -> Scores:
+def score(
+    predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto", only: Collection[str] | None = None
+) -> Scores:
     """See `Task.score`. All numbers are pycocoevalcap's own, unscaled: CIDEr can reach 10, the others 1."""
-    captions = load_captions(references)
+    captions = only_these(load_captions(references), only)
     found = load_predictions(predictions, list(captions), references)
     result = score_captions(found.answers, captions, tokenizer)
     notes = [*found.notes, *result.notes]
     if len(captions) == 1:
         notes.append("CIDEr weighs words by how few of the pictures have them: for a single picture it is always 0")
     return Scores(
-        score=result.metrics["CIDEr"],
+        score=result.metrics[METRIC],
         num_samples=len(captions),
         num_empty=found.num_empty,
         metrics=result.metrics,

@@ -6,7 +6,7 @@ turn is the question and the turn after it the answer, or captions in any form o
 picture is right.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,11 @@ from mmcore.constants import IMAGE_TAG
 from mmcore.evaluation import coco
 from mmcore.evaluation.predictions import load_predictions
 from mmcore.evaluation.scores import Scores
-from mmcore.evaluation.task import Example, Tokenizer, find_images, read_json, sample_id
+from mmcore.evaluation.task import Example, Tokenizer, find_images, only_these, read_json, sample_id
+
+METRIC = "exact_match"
+SCALES = {METRIC: "percent"}
+TOKENIZERS: tuple[Tokenizer, ...] = ("auto",)
 
 
 def matches(answer: str, references: Iterable[str]) -> bool:
@@ -49,11 +53,13 @@ def load_references(path: Path) -> dict[str, tuple[str, ...]]:
     return coco.load_captions(path) if rows is None else {name: (answer,) for name, _, _, answer in rows}
 
 
-def score(predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto") -> Scores:
+def score(
+    predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto", only: Collection[str] | None = None
+) -> Scores:
     """See `Task.score`; the score is a percentage."""
-    if tokenizer != "auto":
+    if tokenizer not in TOKENIZERS:
         raise ValueError(f"--tokenizer {tokenizer}: exact-match compares texts as they are, without a tokenizer")
-    right = load_references(references)
+    right = only_these(load_references(references), only)
     found = load_predictions(predictions, list(right), references)
     num_correct = sum(matches(answer, right[name]) for name, answer in found.answers.items())
     percentage = 100 * num_correct / len(right)
@@ -62,8 +68,8 @@ def score(predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto")
         num_samples=len(right),
         num_correct=num_correct,
         num_empty=found.num_empty,
-        metrics={"exact_match": percentage},
-        scales={"exact_match": "percent"},
+        metrics={METRIC: percentage},
+        scales=SCALES,
         scorer={"normalisation": "white space folded, nothing else"},
         notes=found.notes,
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from mmcore.evaluation.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, ticks
+from mmcore.evaluation.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short, ticks
 
 # First and last value, and how many.
 Bin = Sequence[int]
@@ -98,11 +98,3 @@ def bar(share: float, width: int, *, ascii_only: bool) -> str:
 
 def span(low: int, high: int) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
-
-
-def short(number: float) -> str:
-    """A number of at most five characters: 12k, 1.5M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
-    return f"{number:.0f}"

@@ -10,32 +10,22 @@ from typing import Any
 
 from mmcore.evaluation.histogram import svg
 from mmcore.evaluation.inspection_table import facts, share
-from mmcore.evaluation.page import STYLE
+from mmcore.evaluation.page import document, facts_table
 from mmcore.evaluation.scores import write_whole
 
-# The page must not ask any machine for anything, even if a text got past the escaping. It has no script.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
 MORE_STYLE = """
-:root { --notice: #8a5a00; --notice-soft: #fdf1d8; --control: #6b4bb8; --control-soft: #efe9fb; }
+:root { --control: #6b4bb8; --control-soft: #efe9fb; }
 @media (prefers-color-scheme: dark) {
-  :root { --notice: #f0c060; --notice-soft: #3d2e0e80; --control: #c3adff; --control-soft: #32264f80; }
+  :root { --control: #c3adff; --control-soft: #32264f80; }
 }
-.mark.notice { color: var(--notice); background: var(--notice-soft); }
-.verdict { font-size: 15px; padding: 3px 12px; }
 .note p { margin: 0; }
 .note summary { cursor: pointer; color: var(--accent); }
 .note ul { margin: 4px 0 0; padding-left: 18px; overflow-wrap: anywhere; }
-code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 svg rect { fill: var(--accent); }
 svg .limit { stroke: var(--wrong); stroke-dasharray: 5 4; }
 .level { width: 40%; }
 .level div { height: 8px; min-width: 2px; border-radius: 99px; background: var(--accent); }
 .value span { font-weight: 400; }
-.facts tbody { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 0 32px; }
-.facts tr { display: flex; justify-content: space-between; gap: 16px; padding: 0 16px; border: 0; }
-.facts th, .facts td { padding: 8px 0; border: 0; }
-.facts td { text-align: right; }
 .sample { padding: 14px 16px 16px; margin-bottom: 16px; }
 .sample h3 { margin: 0 0 8px; font-size: 15px; font-weight: 600; overflow-wrap: anywhere; }
 .sample h3 span { color: var(--quiet); font-weight: 400; font-size: 13px; }
@@ -68,10 +58,6 @@ pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px
   .findings td:last-child { grid-row: 1; grid-column: 2; }
   .findings .value { grid-row: 2; grid-column: 1 / -1; text-align: left; }
   .level { grid-column: 1 / -1; width: auto; }
-  .sources { display: block; overflow-x: auto; }
-  .sources thead { display: table-header-group; }
-  .sources tr { display: table-row; }
-  .sources th, .sources td { padding: 8px 12px; border-top: 1px solid var(--line); white-space: nowrap; }
 }
 """
 
@@ -90,32 +76,15 @@ def write_page(path: Path, report: Mapping[str, Any], shown: Sequence[Mapping[st
     """
     title = f"{Path(report['dataset']).name}, {report['split']}"
     verdict = ("right", "nothing would hurt a run") if report["passed"] else ("wrong", "this would hurt a run")
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}{MORE_STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
-<p class="quiet">What is in the dataset, and what of it would hurt a run</p>
+    body = f"""<p class="quiet">What is in the dataset, and what of it would hurt a run</p>
 <p><span class="mark verdict {verdict[0]}">{verdict[1]}</span></p>
 {_findings(report)}
-{_facts(report)}
+{facts_table("Dataset", facts(report))}
 {_histograms(report)}
 {_padding(report)}
 {_sources(report) if len(report["sources"]) > 1 else ""}
-{_samples(shown) if shown else ""}
-</main>
-</body>
-</html>
-"""
-    # Lone surrogates, which JSON can carry, cannot be written in UTF-8.
-    write_whole(path, page.encode("utf-8", "replace"))
+{_samples(shown) if shown else ""}"""
+    write_whole(path, document(title, body, style=MORE_STYLE))
 
 
 def _findings(report: Mapping[str, Any]) -> str:
@@ -158,14 +127,6 @@ def _examples(finding: Mapping[str, Any]) -> str:
         for example in examples
     )
     return f"<details><summary>{told}</summary><ul>{items}</ul></details>"
-
-
-def _facts(report: Mapping[str, Any]) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td class="note">{escape(value)}</td></tr>'
-        for name, value in facts(report)
-    )
-    return f'<h2>Dataset</h2><div class="card facts"><table><tbody>{rows}</tbody></table></div>'
 
 
 def _histograms(report: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmcore.evaluation.scores import EvaluationError
-from mmcore.evaluation.task import read_json, sample_id
+from mmcore.evaluation.scores import EvaluationError, write_whole
+from mmcore.evaluation.task import Example, read_json, sample_id
 
 # Keys of the id and of the text: `mmcore generate` writes the first pair, COCO's result lists have the second.
 FORMATS = (("id", "answer"), ("image_id", "caption"))
@@ -70,6 +70,19 @@ def load_predictions(path: Path, ids: Sequence[str], references: Path) -> Predic
     if num_empty:
         notes.append(f"{num_empty} of {len(answers)} answers are empty; they are scored like any other")
     return Predictions(answers=answers, num_empty=num_empty, notes=tuple(notes))
+
+
+def write_predictions(path: Path, examples: Sequence[Example], answers: Sequence[str]) -> None:
+    """Write JSON lines of id, prompt and answer, whole or not at all.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    rows = [
+        {"id": example.id, "prompt": example.prompt, "answer": answer}
+        for example, answer in zip(examples, answers, strict=True)
+    ]
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_predictions(path: Path) -> Iterator[tuple[str, str]]:

@@ -10,14 +10,11 @@ from html import escape
 from pathlib import Path
 
 from mmcore.evaluation.curves import Curve, smoothing_window, svg
-from mmcore.evaluation.page import SCRIPT, STYLE
+from mmcore.evaluation.page import SCRIPT, document
 from mmcore.evaluation.scores import write_whole
 
 THUMBNAIL = 512  # pixels; larger pictures are scaled down, so that the file stays small
 SMALL = 128  # pixels; smaller pictures are enlarged without blur
-
-# A report must not ask any machine for anything, even if a text got past the escaping.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,28 +60,10 @@ def write_report(
         ValueError: a picture cannot be read, or the file cannot be written.
     """
     sections = [_summary(summary), _curves(curves) if curves else "", _gallery(gallery) if gallery else ""]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
-<p class="quiet">{escape(subtitle)}</p>
+    body = f"""<p class="quiet">{escape(subtitle)}</p>
 {"".join(sections)}
-<footer class="quiet">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</footer>
-</main>
-{f"<script>{SCRIPT}</script>" if gallery else ""}
-</body>
-</html>
-"""
-    # Lone surrogates, which JSON can carry, cannot be written in UTF-8.
-    write_whole(path, page.encode("utf-8", "replace"))
+<footer class="quiet">{"".join(f"<p>{escape(note)}</p>" for note in notes)}</footer>"""
+    write_whole(path, document(title, body, script=SCRIPT if gallery else ""))
 
 
 def _summary(rows: Sequence[SummaryRow]) -> str:

@@ -2,12 +2,14 @@
 
 import importlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from mmcore.config import nearest
+from mmcore.checks import nearest
+from mmcore.config import EvalConfig
 from mmcore.evaluation.scores import Scores
 
 Tokenizer = Literal["auto", "ptb", "python", "none"]
@@ -30,7 +32,14 @@ class Example:
 
 
 class Task(Protocol):
-    """The two things that a benchmark's file does."""
+    """The two things that a benchmark's file does, and what is known of them beforehand."""
+
+    METRIC: str
+    """The number that the task is known by, one of `SCALES`."""
+    SCALES: Mapping[str, str]
+    """All metrics, and what each can be; a machine may lack what one of them needs. More is better."""
+    TOKENIZERS: tuple[Tokenizer, ...]
+    """Those that `score` takes."""
 
     def examples(self, data: Path, images: Path | None = None) -> list[Example]:
         """What a model is asked, in the file's order.
@@ -42,9 +51,18 @@ class Task(Protocol):
             ValueError: not this benchmark's format, or a picture is missing.
         """
 
-    def score(self, predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto") -> Scores:
+    def score(
+        self,
+        predictions: Path,
+        references: Path,
+        *,
+        tokenizer: Tokenizer = "auto",
+        only: Collection[str] | None = None,
+    ) -> Scores:
         """Score a file of predictions against the benchmark's own file; the pictures are not needed.
 
+        Args:
+            only: ids of the references that count; by default all.
         Raises:
             ValueError: a file is missing, unreadable or in another format.
             EvaluationError: the files do not belong together, or the scorer failed.
@@ -69,6 +87,42 @@ def load_task(name: str) -> Task:
         ValueError: there is no such task.
     """
     return cast(Task, importlib.import_module(TASKS[check_task(name)]))
+
+
+def check_eval(config: EvalConfig) -> None:
+    """Find what is wrong with a run's evaluation before there is a model.
+
+    Raises:
+        ValueError: no such task, metric or file, a tokenizer that the task does not take, or examples that lack a
+            picture or a reference.
+    """
+    task = load_task(config.task)
+    if config.metric and config.metric not in task.SCALES:
+        raise ValueError(
+            f"--eval.metric {config.metric}: {config.task} has no such metric{nearest(config.metric, task.SCALES)} (it "
+            f"has {', '.join(task.SCALES)})"
+        )
+    if config.tokenizer not in task.TOKENIZERS:
+        raise ValueError(f"--eval.tokenizer {config.tokenizer}: {config.task} takes {', '.join(task.TOKENIZERS)}")
+    if not Path(config.data).is_file():
+        raise ValueError(f"--eval.data {config.data} is not there: give the file of {config.task}'s examples")
+    bare = [example.id for example in chosen_examples(replace(config, num_samples=0)) if not example.references]
+    if bare:
+        raise ValueError(
+            f"--eval.data {config.data}: {len(bare)} examples have nothing to compare with, the first is {bare[0]}"
+        )
+
+
+def chosen_examples(config: EvalConfig) -> list[Example]:
+    """The examples that a run is scored on, in the file's order: the same ones at every step and of every run."""
+    examples = load_task(config.task).examples(Path(config.data), Path(config.images) if config.images else None)
+    count = min(config.num_samples or len(examples), len(examples))
+    return [examples[index] for index in sorted(random.Random(0).sample(range(len(examples)), count))]
+
+
+def only_these(references: dict[str, Any], only: Collection[str] | None) -> dict[str, Any]:
+    """The references whose ids count; see `Task.score`."""
+    return references if only is None else {name: value for name, value in references.items() if name in only}
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -1,7 +1,8 @@
 """Greedy generation from the live sharded model: batched, with a key-value cache, at any TP, PP, DP."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,45 @@ class Prompt:
 
     tokens: list[int]
     """Placeholders of image embeddings included."""
-    images: Tensor  # uint8 [n, 3, h, w]
+    images: Tensor  # uint8 [n, 3, h, w]; n is 0 on later pipeline stages
     image_sources: Tensor | None = None  # int64 [e]; feature of `images` that each place takes, -1 the newline
+
+
+# What modules ask when they divide a sequence among tensor ranks.
+_SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+
+
+@contextmanager
+def answering(model: LlavaModel) -> Iterator[None]:
+    """Turn off what is for training alone: a single new token, say, cannot be divided among ranks.
+
+    Afterwards every module is as it was.
+    """
+    modules = [*model.modules()]
+    configs = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
+    before = [
+        (owner, name, value)
+        for owner in (*modules, *configs.values())
+        for name in ("training", *_SEQUENCE_PARALLEL)
+        if isinstance(value := getattr(owner, name, None), bool)
+    ]
+    try:
+        for owner, name, _ in before:
+            setattr(owner, name, False)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def share(count: int) -> range:
+    """Of `count` prompts those that this rank's replica answers."""
+    return range(distributed.data_parallel_rank(), count, distributed.data_parallel_size())
 
 
 def generate(
     model: LlavaModel,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | None],
     *,
     end_id: int,
     max_new_tokens: int,
@@ -42,6 +75,7 @@ def generate(
     depend on its neighbours.
 
     Args:
+        prompts: those of other replicas (see `share`) may be None.
         end_id: token that ends an answer; it is not part of the result.
         max_new_tokens: longest answer.
         batch_size: most prompts in one forward pass.
@@ -49,19 +83,19 @@ def generate(
     Returns:
         New tokens of every prompt, in order, on every rank.
     """
-    model.eval()
-    size, rank = distributed.data_parallel_size(), distributed.data_parallel_rank()
-    by_length: dict[int, list[int]] = defaultdict(list)
-    for index in range(rank, len(prompts), size):
-        by_length[len(prompts[index].tokens)].append(index)
+    by_length: dict[int, list[tuple[int, Prompt]]] = defaultdict(list)
+    for index in share(len(prompts)):
+        prompt = prompts[index]
+        assert prompt is not None
+        by_length[len(prompt.tokens)].append((index, prompt))
     answers: dict[int, list[int]] = {}
-    for indices in by_length.values():
-        for first in range(0, len(indices), batch_size):
-            chosen = indices[first : first + batch_size]
-            batch = [prompts[index] for index in chosen]
-            answers.update(zip(chosen, _generate_batch(model, batch, end_id, max_new_tokens), strict=True))
-            on_progress(len(chosen))
-    gathered: list[Any] = [None] * size
+    with answering(model):
+        for requests in by_length.values():
+            for first in range(0, len(requests), batch_size):
+                chosen, batch = zip(*requests[first : first + batch_size], strict=True)
+                answers.update(zip(chosen, _generate_batch(model, batch, end_id, max_new_tokens), strict=True))
+                on_progress(len(chosen))
+    gathered: list[Any] = [None] * distributed.data_parallel_size()
     dist.all_gather_object(gathered, answers, group=parallel_state.get_data_parallel_group())
     everything = {index: answer for part in gathered for index, answer in part.items()}
     return [everything[index] for index in range(len(prompts))]
@@ -97,19 +131,20 @@ def _forward(
     """Run new tokens [b, s] through all stages; the most probable next ones [b] on every rank."""
     group = parallel_state.get_pipeline_model_parallel_group()
     b, s = tokens.shape
-    if not model.pre_process:
-        hidden = torch.empty(s, b, model.config.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
-        dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
-        model.set_input_tensor([hidden])
     last = torch.arange(1, b + 1, device=tokens.device) * s - 1  # position of each row's last token in [b * s]
-    output = model(tokens, images, image_sources=sources, positions=last, inference_context=context)
+    chosen = torch.empty(b, dtype=torch.long, device=tokens.device)
+    for chunk in model.chunks:
+        if not chunk.pre_process:
+            hidden = torch.empty(s, b, model.config.hidden_size, dtype=model.config.params_dtype, device=tokens.device)
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
+            chunk.set_input_tensor([hidden])
+        output = chunk(tokens, images, image_sources=sources, positions=last, inference_context=context)
+        if chunk.post_process:
+            chosen = output.argmax(dim=-1)  # [b]
+        else:
+            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
     context.sequence_len_offset += s
     context.enable_decode_mode()
-    if model.post_process:
-        chosen = output.argmax(dim=-1)  # [b]
-    else:
-        dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
-        chosen = torch.empty(b, dtype=torch.long, device=tokens.device)
     if dist.get_world_size(group) > 1:
         dist.broadcast(chosen, parallel_state.get_pipeline_model_parallel_last_rank(), group)
     return chosen

@@ -300,7 +300,8 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
 
     Raises:
         ValueError: tensor ranks do not divide the heads, key-value heads, MLP widths or the padded
-            vocabulary, or the language model has not a layer for each stage.
+            vocabulary, the language model has not a layer for each stage and chunk, or context ranks cannot share
+            its sequences.
     """
     size, language = parallel.tensor_model_parallel_size, architecture.language
     widths = cut_widths(architecture)
@@ -312,16 +313,27 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
             f"--parallel.tensor-model-parallel-size {size} does not divide the {', the '.join(bad)}: "
             "choose a size that divides them all"
         )
+    if parallel.context_parallel_size > 1 and language is not None:
+        scaling = language.rotary_scaling
+        is_dynamic = scaling is not None and scaling.rope_type == "dynamic"
+        if is_dynamic or language.sliding_window is not None:
+            what = "dynamic rotary embeddings" if is_dynamic else f"a sliding window of {language.sliding_window}"
+            raise ValueError(
+                f"--parallel.context-parallel-size {parallel.context_parallel_size} with a language model that has "
+                f"{what}: its sequences cannot be shared. Leave it out"
+            )
     stages, first = parallel.pipeline_model_parallel_size, parallel.num_layers_in_first_pipeline_stage
-    if language is not None and language.num_layers < stages:
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    if language is not None and language.num_layers < stages * chunks:
+        times = f" x --parallel.virtual-pipeline-model-parallel-size {chunks}" if chunks > 1 else ""
         raise ValueError(
-            f"--parallel.pipeline-model-parallel-size {stages} is more than the {language.num_layers} layers of the "
-            "language model: each stage needs one"
+            f"--parallel.pipeline-model-parallel-size {stages}{times} is more than the {language.num_layers} layers of "
+            f"the language model: each {'chunk' if chunks > 1 else 'stage'} needs one"
         )
-    if language is not None and first and language.num_layers - first < stages - 1:
+    if language is not None and first and language.num_layers - first < (stages - 1) * chunks:
         raise ValueError(
             f"--parallel.num-layers-in-first-pipeline-stage {first} leaves {language.num_layers - first} of the "
-            f"{language.num_layers} layers of the language model to {stages - 1} other stages: each needs one"
+            f"{language.num_layers} layers of the language model to {stages - 1} other stages: each needs {chunks}"
         )
 
 

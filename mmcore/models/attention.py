@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.parallel_state import get_context_parallel_group
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,7 +36,6 @@ class CoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "context parallelism is Transformer Engine's"
         assert config.attention_dropout == 0.0, "attention dropout is not part of these models"
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
@@ -60,13 +61,16 @@ class CoreAttention(MegatronModule):
                 is the whole mask. No row may be all True: its softmax has no value.
             attn_mask_type: not used: without attention_mask the layer's own holds, for queries that are the
                 newest of the keys.
-            packed_seq_params: boundaries of packed sequences; attention never crosses them.
+            packed_seq_params: boundaries of packed sequences; attention never crosses them. Under context parallelism
+                those of the whole row, of which this rank has the part that `mmcore.data.context` says.
         Returns:
             [sq, b, np * hn], or [t, np * hn] when packed.
         """
         assert attention_bias is None
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params)
+            is_cut = self.config.context_parallel_size > 1
+            return (self._cut if is_cut else self._packed)(query, key, value, packed_seq_params)
+        assert self.config.context_parallel_size == 1, "context parallelism is for packed sequences"
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, hn]
         # mcore asks for no mask once there is a cache; a window still hides what it has left behind.
         causal = self.attn_mask_type == AttnMaskType.causal
@@ -87,6 +91,24 @@ class CoreAttention(MegatronModule):
             contexts.append(self._attend(query_, key_, value_, **self._mask(query_, key_, causal))[0])
         return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)  # [t, np * hn]
 
+    def _cut(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        """This rank's positions against the keys of all ranks, which are gathered, each sequence's in its order."""
+        assert packed.cu_seqlens_q is not None and self.attn_mask_type == AttnMaskType.causal and self.window is None
+        group = get_context_parallel_group()
+        size, rank = group.size(), group.rank()
+        lengths = (packed.cu_seqlens_q.diff() // size).tolist()
+        gathered = (gather_from_sequence_parallel_region(part, group=group) for part in (key, value))
+        keys, values = (part.unflatten(0, (size, -1)).split(lengths, dim=1) for part in gathered)  # [rank, t / rank]
+        contexts = []
+        for query_, key_, value_ in zip(query.split(lengths), keys, values, strict=True):
+            chunk = len(query_) // 2
+            place = torch.arange(len(query_), device=query.device)
+            position = place + torch.where(place < chunk, rank, 2 * size - 2 - rank) * chunk
+            seen = position[:, None] >= torch.arange(len(query_) * size, device=query.device)  # [sq, sk]
+            whole = (_in_order(part).transpose(0, 1)[None] for part in (key_, value_))  # [1, ng, sk, hn]
+            contexts.append(self._attend(query_.transpose(0, 1)[None], *whole, attn_mask=seen)[0])
+        return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)  # [t, np * hn]
+
     def _mask(self, query: Tensor, key: Tensor, causal: bool) -> dict[str, Any]:
         """How torch is told what a query may see: the queries are the newest of the keys."""
         queries, keys = query.shape[2], key.shape[2]
@@ -102,3 +124,12 @@ class CoreAttention(MegatronModule):
         """[b, np, sq, hn] from heads-first tensors."""
         grouped = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=grouped, **mask)
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """A sequence from what each context rank has of it: [ranks, s / ranks, ...] -> [s, ...].
+
+    A rank has the chunk of its number, and the one of that number from the end.
+    """
+    early, late = parts.chunk(2, dim=1)
+    return torch.cat([early.flatten(0, 1), late.flip(0).flatten(0, 1)])

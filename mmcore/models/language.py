@@ -15,6 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, finfo
 
+from mmcore import host
 from mmcore.models.architecture import LanguageArch
 from mmcore.models.pipeline import split_layers
 from mmcore.models.recompute import begin_graph
@@ -26,11 +27,18 @@ class LanguageModel(GPTModel):
     """Embeddings to logits or losses; one pipeline stage of it."""
 
     def __init__(
-        self, arch: LanguageArch, config: TransformerConfig, backend: Backend, *, pre_process: bool, post_process: bool
+        self,
+        arch: LanguageArch,
+        config: TransformerConfig,
+        backend: Backend,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(
             config,
-            block_spec(backend, AttnMaskType.causal, config),
+            block_spec(backend, AttnMaskType.causal, config, vp_stage),
             vocab_size=arch.padded_vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=pre_process,
@@ -38,6 +46,7 @@ class LanguageModel(GPTModel):
             share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             scatter_embedding_sequence_parallel=False,
+            vp_stage=vp_stage,
         )
         self.arch = arch
         if post_process:
@@ -111,10 +120,11 @@ def language_config(arch: LanguageArch, layers: Sequence[int] = (), **base: Any)
     """mcore's configuration of a LLaMA-shaped decoder.
 
     Args:
-        layers: of each pipeline stage; dealt out evenly if empty.
+        layers: of each pipeline stage, or of each chunk where stages have several; dealt out evenly if empty.
         base: arguments of mcore's TransformerConfig.
     """
-    layers = layers or split_layers(arch.num_layers, [0.0] * base["pipeline_model_parallel_size"])
+    chunks = base["pipeline_model_parallel_size"] * (base["virtual_pipeline_model_parallel_size"] or 1)
+    layers = layers or split_layers(arch.num_layers, [0.0] * chunks)
     if len(set(layers)) > 1:  # in mcore's notation: embedding, transformer layers, loss
         base["pipeline_model_parallel_layout"] = f"E{'|'.join('t' * number for number in layers)}L"
     return TransformerConfig(
@@ -132,7 +142,7 @@ def language_config(arch: LanguageArch, layers: Sequence[int] = (), **base: Any)
         window_size=None if arch.sliding_window is None else (arch.sliding_window - 1, 0),
         gated_linear_unit=True,
         activation_func=F.silu,
-        # mcore's fused SwiGLU is jitted for GPUs; on the CPU the jit is off and it is plain torch.
-        bias_activation_fusion=True,
+        # mcore's fused SwiGLU is jitted for GPUs; on the CPU the jit is off, and torch's own silu is faster.
+        bias_activation_fusion=host.has_cuda(),
         **base,
     )

@@ -35,7 +35,12 @@ class LlavaModel(MegatronModule):
     """
 
     def __init__(
-        self, architecture: Architecture, backend: str = "auto", layers: Sequence[int] = (), **base: Any
+        self,
+        architecture: Architecture,
+        backend: str = "auto",
+        layers: Sequence[int] = (),
+        vp_stage: int | None = None,
+        **base: Any,
     ) -> None:
         """Build this rank's part.
 
@@ -43,6 +48,7 @@ class LlavaModel(MegatronModule):
             architecture: all three parts.
             backend: "auto", "local" or "transformer_engine".
             layers: of the language model on each pipeline stage, as `plan_layers` gives; dealt out evenly if empty.
+            vp_stage: which of this rank's chunks, where it has several (see `mmcore.models.interleaved`).
             base: arguments of mcore's TransformerConfig that all parts share, as `base_config` gives.
         """
         assert architecture.vision is not None and architecture.language is not None
@@ -53,16 +59,27 @@ class LlavaModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder  # mcore's schedules ask for it
         self.architecture, self.image_token_id = architecture, architecture.image_token_id
         self.num_image_embeddings = architecture.vision.num_image_embeddings
-        self.pre_process = parallel_state.is_pipeline_first_stage()
-        self.post_process = parallel_state.is_pipeline_last_stage()
+        self.vp_stage = vp_stage  # mcore's schedules compare it with the chunk that they run
+        self.pre_process = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         if self.pre_process:
             tower = TOWERS[architecture.vision.model_subtype]
             self.vision_model = tower(architecture.vision, vision_config(architecture.vision, **base), kernels)
             self.vision_projection = build_projector(architecture, kernels, **base)
         self.language_model = LanguageModel(
-            architecture.language, config, kernels, pre_process=self.pre_process, post_process=self.post_process
+            architecture.language,
+            config,
+            kernels,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+            vp_stage=vp_stage,
         )
         self.share_embeddings_and_output_weights = architecture.language.share_embeddings_and_output_weights
+
+    @property
+    def chunks(self) -> list["LlavaModel"]:
+        """What mcore's schedules run: see `mmcore.models.interleaved`."""
+        return [self]
 
     def freeze(self, modules: Iterable[str]) -> None:
         """Keep the weights of the named parts (`vision_model`, `vision_projection`, `language_model`)."""
@@ -94,7 +111,8 @@ class LlavaModel(MegatronModule):
         """Run this stage.
 
         Args:
-            tokens: int64 [b, s]; `image_token_id` once for every image embedding.
+            tokens: int64 [b, s]; `image_token_id` once for every image embedding. Under context parallelism this
+                rank's part of them (see `mmcore.data.context`), as are labels and positions.
             images: uint8 [n, 3, h, w] in the order of their places, or None where there are none.
             image_sources: int64 [e], which of all images' features each place takes, -1 the newline; every
                 feature in order if None.
@@ -142,7 +160,7 @@ class LlavaModel(MegatronModule):
             return None
         features = self.vision_projection(features)  # [n, i, h]
         if image_sources is not None:
-            return arrange(features, self.vision_projection.image_newline, image_sources)
+            return arrange(features, getattr(self.vision_projection, "image_newline", None), image_sources)
         return features.flatten(0, 1)[: 0 if is_blank else None]
 
     def _blank_features(self) -> Tensor | None:
@@ -171,6 +189,8 @@ def base_config(
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        **_interleaved(parallel.virtual_pipeline_model_parallel_size),
+        "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_dtype": dtype,
         "params_dtype": dtype,
@@ -188,3 +208,13 @@ def base_config(
         "moe_token_dispatcher_type": "alltoall",
         **RECOMPUTE[recompute],
     }
+
+
+def _interleaved(chunks: int) -> dict[str, Any]:
+    """Arguments for so many chunks on each stage.
+
+    Sent both ways in one batch, the messages of two stages would be taken for each other.
+    """
+    if chunks == 1:
+        return {"virtual_pipeline_model_parallel_size": None}
+    return {"virtual_pipeline_model_parallel_size": chunks, "overlap_p2p_comm": True, "batch_p2p_comm": False}

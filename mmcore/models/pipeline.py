@@ -54,21 +54,24 @@ def step_costs(architecture: Architecture, frozen: Collection[str] = ()) -> Cost
     )
 
 
-def split_layers(num_layers: int, extra: Sequence[float], layer: float = 1.0, first: int = 0) -> list[int]:
-    """Deal layers to stages, at least one to each, so that the slowest stage is as fast as can be.
+def split_layers(
+    num_layers: int, extra: Sequence[float], layer: float = 1.0, first: int = 0, least: int = 1
+) -> list[int]:
+    """Deal layers to stages so that the slowest stage is as fast as can be.
 
     One layer after the other goes to the stage that is the fastest with it; of equal ones to the last, since the
     earlier a stage, the more micro batches' activations it holds.
 
     Args:
-        num_layers: at least as many as stages.
+        num_layers: enough for all stages.
         extra: cost of what else each stage computes.
         layer: cost of one layer.
         first: layers of the first stage; 0 leaves them to the costs.
+        least: layers that every stage gets.
     Returns:
         Layers of each stage.
     """
-    layers = [first or 1] + [1] * (len(extra) - 1)
+    layers = [first or least] + [least] * (len(extra) - 1)
     dealt_to = range(1 if first and len(extra) > 1 else 0, len(extra))
     assert sum(layers) <= num_layers
     for _ in range(num_layers - sum(layers)):
@@ -77,16 +80,25 @@ def split_layers(num_layers: int, extra: Sequence[float], layer: float = 1.0, fi
 
 
 def plan_layers(architecture: Architecture, parallel: ParallelConfig, frozen: Collection[str] = ()) -> list[int]:
-    """The language model's layers on each stage.
+    """The language model's layers on each stage; where stages have several chunks, in each of these from the bottom up.
+
+    Stages are weighed first, since in the long run each computes all its chunks; then the chunks of each.
 
     Args:
         architecture: a whole model, which `check_layout` has accepted at this layout.
         frozen: parts that are never trained.
     """
     assert architecture.language is not None
-    costs, stages = step_costs(architecture, frozen), parallel.pipeline_model_parallel_size
-    extra = [costs.vision] + [0.0] * (stages - 1)
-    extra[-1] += costs.output
-    return split_layers(
-        architecture.language.num_layers, extra, costs.layer, parallel.num_layers_in_first_pipeline_stage
-    )
+    costs, chunks = step_costs(architecture, frozen), parallel.virtual_pipeline_model_parallel_size
+    extra = [[0.0] * chunks for _ in range(parallel.pipeline_model_parallel_size)]
+    extra[0][0] += costs.vision
+    extra[-1][-1] += costs.output
+    first, weights = parallel.num_layers_in_first_pipeline_stage, [sum(stage) for stage in extra]
+    stages = split_layers(architecture.language.num_layers, weights, costs.layer, first, chunks)
+    dealt = [split_layers(layers, stage, costs.layer) for layers, stage in zip(stages, extra, strict=True)]
+    return [stage[chunk] for chunk in range(chunks) for stage in dealt]
+
+
+def stage_layers(layers: Sequence[int], stages: int) -> list[int]:
+    """All layers of each stage, of those of every chunk from the bottom up."""
+    return [sum(layers[stage::stages]) for stage in range(stages)]

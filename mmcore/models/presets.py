@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmcore.config import ModelConfig, nearest
+from mmcore.checks import nearest
+from mmcore.config import ModelConfig
 from mmcore.constants import MODEL_FILE, SIGLIP_IMAGE_MEAN, SIGLIP_IMAGE_STD
 from mmcore.models.architecture import (
     Architecture,
@@ -110,6 +111,20 @@ LANGUAGE = {
     "llama3_8b": _LLAMA3_8B,
     "llama31_8b": replace(
         _LLAMA3_8B, max_position_embeddings=131072, rotary_scaling=RotaryScaling(rope_type="llama3", factor=8.0)
+    ),
+    # config.json of fnlp/moss2-2_5b-chat, as Callione/LLaVA-MOSS2's README prints it.
+    "moss2_2_5b": LanguageArch(
+        model_type="llama",  # as tools/converters/internlm2.py brings it in
+        num_layers=32,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=16,
+        num_query_groups=8,
+        kv_channels=128,
+        vocab_size=137728,
+        max_position_embeddings=32768,
+        rotary_base=1_000_000.0,
+        rotary_scaling=RotaryScaling(rope_type="dynamic", factor=2.0),
     ),
     # Qwen/Qwen2.5-7B-Instruct config.json.
     "qwen25_7b_instruct": LanguageArch(

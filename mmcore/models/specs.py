@@ -142,9 +142,14 @@ def layer_spec(
     )
 
 
-def block_spec(backend: Backend, attn_mask_type: AttnMaskType, config: TransformerConfig) -> TransformerBlockSubmodules:
-    """This pipeline stage's layers and the norm after the last; given a layer alone, mcore takes a norm of its own."""
-    num_layers = get_num_layers_to_build(config)
+def block_spec(
+    backend: Backend, attn_mask_type: AttnMaskType, config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Layers of this pipeline stage, or of a chunk of it, and the norm after the model's last.
+
+    Given a layer alone, mcore takes a norm of its own.
+    """
+    num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(backend, attn_mask_type)] * num_layers, layer_norm=norm(backend)
     )
@@ -155,4 +160,11 @@ def whole(base: dict[str, Any]) -> dict[str, Any]:
 
     Its sequences, of one picture each, are not shared by tensor ranks either: they are short and of odd lengths.
     """
-    return {**base, "pipeline_model_parallel_size": 1, "pipeline_dtype": None, "sequence_parallel": False}
+    return {
+        **base,
+        "pipeline_model_parallel_size": 1,
+        "virtual_pipeline_model_parallel_size": None,
+        "pipeline_dtype": None,
+        "context_parallel_size": 1,
+        "sequence_parallel": False,
+    }

@@ -4,18 +4,20 @@ import torch
 from torch import Tensor
 
 
-def arrange(features: Tensor, newline: Tensor, sources: Tensor) -> Tensor:
+def arrange(features: Tensor, newline: Tensor | None, sources: Tensor) -> Tensor:
     """Put features of tiles in the order of a picture's rows.
 
     Args:
         features: [n, i, h] of all tiles.
-        newline: [h], the embedding that ends a row.
+        newline: [h], the embedding that ends a row; None where rows have no such end.
         sources: int64 [e], which of the n * i features each place takes, -1 the newline.
     Returns:
         [e, h].
     """
-    rows = torch.cat([features.flatten(0, 1), newline.to(features.dtype)[None]])  # [n * i + 1, h]
-    return rows[sources]  # the newline is the last, which is what -1 means
+    rows = features.flatten(0, 1)
+    if newline is not None:
+        rows = torch.cat([rows, newline.to(rows.dtype)[None]])  # the last, which is what -1 means
+    return rows[sources]
 
 
 def splice(text: Tensor, images: Tensor, is_image: Tensor) -> Tensor:

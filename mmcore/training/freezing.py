@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters by the name that they have in the whole model: layers count from its first, on any stage."""
+    """Parameters by the name that they have in the whole model: layers count from its first, in any chunk."""
     numbers = {
         f"{name}.": f"{name.rpartition('.')[0]}.{module.layer_number - 1}."
         for name, module in model.named_modules()
@@ -25,7 +25,8 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     }
     for name, parameter in model.named_parameters():
         layer = re.match(r".*?\.layers\.\d+\.", name)
-        yield (numbers.get(layer[0], layer[0]) + name[layer.end() :] if layer else name), parameter
+        whole = numbers.get(layer[0], layer[0]) + name[layer.end() :] if layer else name
+        yield re.sub(r"^chunks\.\d+\.", "", whole), parameter
 
 
 def is_named(name: str, pattern: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 
 from mmcore import checkpoint as ckpt
 from mmcore import distributed, host
+from mmcore.checkpoint_files import never_trained
 from mmcore.config import RunConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.batch import Batch
@@ -19,12 +20,16 @@ from mmcore.data.pictures import Pictures
 from mmcore.data.stream import Count
 from mmcore.data.tokenizer import load_tokenizer
 from mmcore.models.architecture import Architecture, newest
-from mmcore.models.llava import LlavaModel, base_config
-from mmcore.models.pipeline import plan_layers
+from mmcore.models.interleaved import build_model
+from mmcore.models.llava import base_config
+from mmcore.models.pipeline import plan_layers, stage_layers
+from mmcore.training.memory import training_bytes
 from mmcore.training.metrics import Metrics, Validation
 from mmcore.training.optimizer import gather_parameters
 from mmcore.training.policy import BadSteps
+from mmcore.training.scoring import Scoring, best_steps
 from mmcore.training.stages import Training, stages
+from mmcore.training.starts import trainable_sizes, write_start
 from mmcore.training.step import forward_backward, train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,8 +53,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     frozen = set.intersection(*(set(stage.freeze) for stage in stages(config)))
     layers = plan_layers(architecture, config.parallel, frozen)
     base = base_config(config.parallel, dtype, config.model.recompute)
-    model = LlavaModel(architecture, config.model.backend, layers, **base)
+    model = build_model(architecture, config.model.backend, layers, **base)
     model.to(host.device(), dtype)  # mcore builds the patch and position embeddings on the CPU, in fp32
+    sizes = trainable_sizes(model)
     training = Training(config, model)
 
     resumed, passed_over = ckpt.newest_whole(run)
@@ -67,10 +73,23 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         Batches(config, architecture, source, split="val").close()
     metrics = Metrics(config, state["step"]) if distributed.is_main() else None
     if metrics:
+        write_start(metrics.first_step, config, architecture, sizes)
         metrics.say(f"{'going on from' if resumed else 'starting from'} {source}")
+        needed = training_bytes(
+            architecture,
+            never_trained(stage.freeze for stage in stages(config)),
+            config.parallel,
+            data_parallel_size=distributed.data_parallel_size() * config.parallel.context_parallel_size,
+            layers=stage_layers(layers, config.parallel.pipeline_model_parallel_size),
+            precision=config.train.precision,
+            states=config.optimizer.states,
+        )
+        metrics.say(f"memory of a rank before activations: {max(needed, key=lambda one: one.total)}")
 
     step = int(state["step"])
-    num_microbatches = config.train.num_microbatches(distributed.data_parallel_size())
+    scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task else None
+    if scoring and resumed:
+        scoring.catch_up(step, training.ddp)
     saving: ckpt.Saving | None = None
     while step < config.train.steps:
         said = training.advance(step + 1)
@@ -79,6 +98,8 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         lr = training.scheduler.get_lr({})  # of what has no rate of its own
         # All of a step's batches are dealt out first: under pipeline parallelism a stage that waits for
         # the one before it cannot take part in handing out a batch.
+        rows = config.train.batch_size(step + 1)
+        num_microbatches = config.train.num_microbatches(distributed.data_parallel_size(), rows)
         dealt = [next(batches) for _ in range(num_microbatches)]
         result = train_step(training.ddp, training.optimizer, training.scheduler, dealt, bad_steps.fault)
         step += 1
@@ -95,6 +116,8 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             if metrics:
                 metrics.say(f"step {step} is bad: {result.fault}; {answer}")
             if answer == "rewind" and resumed:
+                if scoring:
+                    scoring.finish()  # told now, so that it is forgotten with its step
                 state = training.resume(resumed)
                 step = int(state["step"])
                 if metrics:
@@ -104,6 +127,10 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             loss = validation_loss(training.ddp, config, architecture, source)
             if metrics:
                 metrics.report_validation(step, *loss)
+        if scoring:
+            scoring.tell()
+            if scoring.is_due(step):
+                scoring.evaluate(step, training.ddp)
         is_last = step == config.train.steps
         if step % config.checkpoint.save_interval == 0 or is_last:
             if saving:
@@ -120,6 +147,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                 tokenizer=source / TOKENIZER_DIR,
                 state={**state, "data_parallel_size": distributed.data_parallel_size(), "config": asdict(config)},
                 loader_state=batches.state(),
+                best=best_steps(config) if metrics and config.checkpoint.keep_best else (),
             )
         if saving and (is_last or not config.checkpoint.async_save or saving.is_written()):
             resumed = source = saving.finish()
@@ -127,6 +155,8 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             bad_steps.saved()
             if metrics:
                 metrics.say(f"saved {source}")
+    if scoring:
+        scoring.finish()
     if metrics:
         metrics.close()
     distributed.shutdown()
@@ -171,6 +201,7 @@ class Batches(Iterator[Batch]):
             seed=config.train.seed,
             states=ckpt.loader_states(source) if resumed else (),
             split=split,
+            loss_weighting=config.train.loss_weighting,
         )
         self.iterator = iter(self.loader)
 
@@ -178,7 +209,7 @@ class Batches(Iterator[Batch]):
         started = time.monotonic()
         batch = next(self.iterator) if self.loader else None
         self.waited += time.monotonic() - started
-        return distributed.broadcast_in_replica(batch)
+        return distributed.broadcast_in_replica(batch, first_stage_only=("images",))
 
     def counts(self) -> dict[str, Count]:
         """Of each source, what this rank's loader has read so far."""

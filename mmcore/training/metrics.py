@@ -1,4 +1,4 @@
-"""What a run tells: a line that a person reads, JSONL that a program reads, TensorBoard if asked."""
+"""What a run tells: a line that a person reads, JSONL that a program reads, TensorBoard and W&B if asked."""
 
 import json
 import time
@@ -14,8 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmcore import host
 from mmcore.config import RunConfig
 from mmcore.data.stream import Count
+from mmcore.evaluation.scores import Scores
 from mmcore.training.loss import Share
 from mmcore.training.step import StepResult
+from mmcore.training.writers import build_writers
+
+VALIDATION_LOG, SCORES_LOG = "validation.jsonl", "scores.jsonl"
 
 
 class Source(Protocol):
@@ -44,19 +48,16 @@ class Metrics:
         self.config, self.first_step = config, first_step
         self.log = Path(config.checkpoint.save) / "log.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.validation_log = self.log.with_name("validation.jsonl")
-        for log in (self.log, self.validation_log):
+        self.validation_log, self.scores_log = self.log.with_name(VALIDATION_LOG), self.log.with_name(SCORES_LOG)
+        for log in (self.log, self.validation_log, self.scores_log):
             _keep_until(log, first_step)
         self.file = self.log.open("a", buffering=1)
         self.started = self.last = time.monotonic()
+        self.left_out = 0.0
         self.samples = self.positions = 0
         self.waited = 0.0
         self.rewound = ""
-        self.writer: Any = None
-        if config.logging.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(config.logging.tensorboard_dir, purge_step=first_step)
+        self.writers = build_writers(config, first_step)
         console = Console(stderr=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -93,7 +94,7 @@ class Metrics:
             "samples_per_s": round(total.num_samples / seconds, 2),
             "tokens_per_s": round(total.num_positions / seconds, 1),
             "trained_tokens_per_s": round(total.num_tokens / seconds, 1),
-            "fill": round(total.num_positions / (self.config.train.global_batch_size * self.config.data.seq_length), 4),
+            "fill": round(total.num_positions / (self.config.train.batch_size(step) * self.config.data.seq_length), 4),
             "data_wait": round(waited / seconds, 4),
             "memory_gib": round(host.peak_memory() / 2**30, 3),
             "skipped": skipped,
@@ -107,14 +108,15 @@ class Metrics:
         if result.fault or self.rewound:
             row["fault"], self.rewound = result.fault or self.rewound, ""
         self.file.write(json.dumps(row) + "\n")
-        if self.writer:
-            self._draw(step, row)
+        self._write(step, _numbers(row))
         self.bar.update(self.task, completed=step, description=f"loss {total.loss:.4f}")
         if step % self.config.logging.log_interval == 0 or step in (self.first_step + 1, self.config.train.steps):
-            mean = (now - self.started) / (step - self.first_step)
-            left = timedelta(seconds=round(mean * (self.config.train.steps - step)))
+            first, done, all_rows = (
+                self.config.train.rows_before(at + 1) for at in (self.first_step, step, self.config.train.steps)
+            )
+            left = timedelta(seconds=round((now - self.started) * (all_rows - done) / (done - first)))
             note = "".join(f" | {name} {count}" for name, count in (("skipped", skipped), ("cut", cut)) if count)
-            elapsed = now - self.started
+            elapsed = now - self.started - self.left_out
             self.say(
                 f"step {step:>6}/{self.config.train.steps} | loss {total.loss:.4f} | "
                 f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {self.samples / elapsed:.1f} samples/s | "
@@ -124,34 +126,49 @@ class Metrics:
     def rewind(self, step: int, fault: str) -> None:
         """Forget what came after a step that the run goes back to; the next one's row says why."""
         self.file.close()
-        for log in (self.log, self.validation_log):
+        for log in (self.log, self.validation_log, self.scores_log):
             _keep_until(log, step)
         self.file = self.log.open("a", buffering=1)
         self.rewound = f"went back to step {step}: {fault}"
 
     def report_validation(self, step: int, total: Share, sources: Mapping[str, Share]) -> None:
         """Tell the loss on the val split after a step."""
-        self.last = time.monotonic()  # the next step has no part in it
+        self.leave_out()
         row: dict[str, Any] = {"step": step, **asdict(total)}
         if len(sources) > 1:
             row["sources"] = {name: asdict(share) for name, share in sources.items()}
         with self.validation_log.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.writer:
-            self.writer.add_scalar("validation_loss", total.loss, step)
-            for name, share in sources.items():
-                self.writer.add_scalar(f"validation_loss/{name}", share.loss, step)
+        losses = {f"validation_loss/{name}": share.loss for name, share in sources.items()}
+        self._write(step, {"validation_loss": total.loss, **losses})
         self.say(f"step {step:>6}/{self.config.train.steps} | validation loss {total.loss:.4f}")
 
-    def _draw(self, step: int, row: dict[str, Any]) -> None:
-        """Give a step's numbers to TensorBoard; a source's loss only where it had a part in the step."""
-        for name, value in row.items():
-            if name not in ("sources", "fault"):
-                self.writer.add_scalar(name, value, step)
-        for source, share in row.get("sources", {}).items():
-            for name, value in share.items():
-                if name != "loss" or share["num_tokens"]:
-                    self.writer.add_scalar(f"{name}/{source}", value, step)
+    def report_scores(self, step: int, task: str, metric: str, scores: Scores, *, is_best: bool = False) -> None:
+        """Tell how a task's scorer judged the answers that the model gave after a step.
+
+        Args:
+            metric: the one that checkpoints are compared by.
+            is_best: whether it is the best of the run so far.
+        """
+        row = {"step": step, "task": task, "num_samples": scores.num_samples, "metrics": dict(scores.metrics)}
+        with self.scores_log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._write(step, {f"scores/{name}": value for name, value in scores.metrics.items()})
+        value = f"{scores.metrics[metric]:.4f}" if metric in scores.metrics else "-"
+        best = ", the best so far" if is_best else ""
+        self.say(
+            f"step {step:>6}/{self.config.train.steps} | {task} {metric} {value} of {scores.num_samples} samples{best}"
+        )
+
+    def leave_out(self) -> None:
+        """Count the time since the last step to no step, nor to the samples and tokens per second."""
+        now = time.monotonic()
+        self.left_out += now - self.last
+        self.last = now
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, values)
 
     def say(self, text: str) -> None:
         """Tell something else."""
@@ -160,8 +177,18 @@ class Metrics:
     def close(self) -> None:
         self.bar.stop()
         self.file.close()
-        if self.writer:
-            self.writer.close()
+        for writer in self.writers:
+            writer.close()
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """A step's row, flat; a source's loss only where it had a part in the step."""
+    numbers = {name: value for name, value in row.items() if name not in ("step", "sources", "fault")}
+    for source, share in row.get("sources", {}).items():
+        for name, value in share.items():
+            if name != "loss" or share["num_tokens"]:
+                numbers[f"{name}/{source}"] = value
+    return numbers
 
 
 def _keep_until(log: Path, step: int) -> None:

@@ -1,8 +1,9 @@
 """DDP, the distributed AdamW and its schedule: megatron-core's, configured."""
 
-from typing import Any
+from typing import Any, Literal
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -11,22 +12,25 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.llava import LlavaModel
 from mmcore.training.freezing import is_named, named_parameters
+from mmcore.training.lean_adam import LeanAdam
 
 
-def wrap(model: LlavaModel, parallel: ParallelConfig | None = None) -> DistributedDataParallel:
+def wrap(
+    model: LlavaModel, parallel: ParallelConfig | None = None, states: Literal["full", "lean"] = "full"
+) -> DistributedDataParallel:
     """The model with its gradient buffers; what is frozen by now gets none.
 
     Args:
         parallel: what of the communication between replicas overlaps with computing; by default nothing.
+        states: as of the optimizer; lean gradients are in the weights' precision.
     """
     parallel = parallel or ParallelConfig()
     config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=states == "full",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(model.config, config, model)
     if config.overlap_grad_reduce:
         model.config.no_sync_func = ddp.no_sync  # until the last micro batch
@@ -57,7 +61,15 @@ def build_optimizer(config: OptimizerConfig, model: DistributedDataParallel) -> 
         params_dtype=model.config.params_dtype,
         use_distributed_optimizer=True,
     )
+    if config.states == "lean":
+        # Set here, since megatron-core takes them for Transformer Engine's alone when it makes its configuration.
+        core.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        core.exp_avg_dtype = core.exp_avg_sq_dtype = torch.bfloat16
     optimizer = get_megatron_optimizer(core, [model], _overrides(config, core, model))
+    if config.states == "lean":
+        for inner in optimizer.chained_optimizers:
+            if not inner.is_stub_optimizer:
+                inner.optimizer = LeanAdam(inner.optimizer.param_groups)
     model.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 

@@ -106,7 +106,7 @@ class Training:
             del self.ddp, self.optimizer, self.scheduler  # their memory is wanted below
         self.index = index
         freeze(self.model, self.stages[index].freeze)
-        self.ddp = wrap(self.model, self.config.parallel)
+        self.ddp = wrap(self.model, self.config.parallel, self.config.optimizer.states)
         self.optimizer = build_optimizer(self.config.optimizer, self.ddp)
 
     def _schedule(self, done: int) -> None:

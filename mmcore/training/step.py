@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from mmcore.config import TrainConfig
 from mmcore.data.batch import Batch
-from mmcore.training.loss import Share, step_shares, token_loss
+from mmcore.data.context import context_part
+from mmcore.training.loss import Share, mean_by_weight, step_shares, token_loss
 from mmcore.training.policy import BadSteps
 
 
@@ -32,14 +34,20 @@ class StepResult:
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
     """mcore's forward-step contract: this stage's output, and what turns it into a loss."""
-    batch = next(batches)
+    part = batch = next(batches)
+    size = parallel_state.get_context_parallel_world_size()
+    if size > 1:
+        config = model.config
+        multiple = 2 * size * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+        rank = parallel_state.get_context_parallel_rank()
+        part, batch = context_part(batch, model.image_token_id, rank, size, multiple)
     output = model(
-        batch.tokens,
-        batch.images,
-        image_sources=batch.image_sources,
-        labels=batch.labels,
-        positions=batch.loss_positions,
-        packed_seq_params=packed_seq_params(batch),
+        part.tokens,
+        part.images,
+        image_sources=part.image_sources,
+        labels=part.labels,
+        positions=part.loss_positions,
+        packed_seq_params=packed_seq_params(part),
     )
     return output, partial(token_loss, batch)
 
@@ -63,10 +71,14 @@ def forward_backward(
     Returns:
         What they came to over all replicas: in all, and of each source of the data.
     """
+    if not forward_only:
+        reduce = mean_by_weight(batches)
+        model.config.finalize_model_grads_func = lambda chunks, weights, **groups: reduce([model], weights, **groups)
+    chunks = list(model.module.chunks)
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
         num_microbatches=len(batches),
         # Micro batches tell their own shapes (variable_seq_lengths); mcore wants the arguments all the same.
         seq_length=1,
@@ -98,7 +110,8 @@ def train_step(
     fault = (judge or BadSteps(TrainConfig()).fault)(total.loss, grad_norm)
     if not fault:
         if optimizer.config.clip_grad > 0 and not optimizer.is_stub_optimizer:
-            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm)
+            is_lean = optimizer.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm, is_lean)
         optimizer.step_with_ready_grads()
     scheduler.step(increment=1)
     return StepResult(total=total, sources=sources, grad_norm=grad_norm, fault=fault)

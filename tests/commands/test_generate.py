@@ -7,11 +7,12 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from mmcore.commands.generate import GenerateConfig, answer, layout
+from mmcore.commands.generate import GenerateConfig, answer
 from mmcore.config import ParallelConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.tokenizer import load_tokenizer
 from mmcore.evaluation.task import Example
+from mmcore.inference.answers import layout
 from mmcore.models.architecture import PictureArch
 from tests import tiny
 from tests.data.fabricated import picture

@@ -1,16 +1,31 @@
 """What the command checks and settles before a run begins."""
 
+import errno
+import fcntl
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
+from mmcore.checkpoint import SaveError
 from mmcore.checkpoint_files import checkpoint_bytes
+from mmcore.commands import train as command
 from mmcore.commands.train import check, parse
-from mmcore.config import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
+from mmcore.config import CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, RunConfig, TrainConfig
+from mmcore.data.stream import TooManySkippedError
 from mmcore.models.architecture import PictureArch, save_architecture
+from mmcore.training import loop
+from mmcore.training.policy import BadStepError
+from mmcore.training.run_lock import run_lock
 from tests import tiny
 
 
@@ -53,3 +68,133 @@ def test_too_little_disk_is_said_before_anything_starts(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"run has too little room: 3 checkpoints of 0\.00162 GB at once"):
             check(config, 1)
         check(replace(config, checkpoint=replace(config.checkpoint, keep_last=1)), 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "speaking"),
+    [(BadStepError("the fault"), "0"), (SaveError("the fault"), "0"), (TooManySkippedError("the fault"), "01")],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_fault_is_said_once(
+    error: Exception,
+    speaking: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the first rank where all find it, by the rank that finds it where the others do not."""
+    monkeypatch.setattr(loop, "train", mock.Mock(side_effect=error))
+    monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 1
+        said = "mmcore train: the fault\n" if rank in speaking else ""
+        assert capsys.readouterr().err == said
+
+
+def test_weights_and_biases_is_missed_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_architecture(tiny.architecture(), tmp_path)
+    config = RunConfig(
+        model=ModelConfig(checkpoint=str(tmp_path)),
+        data=DataConfig(path=str(tmp_path)),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
+        logging=LoggingConfig(wandb_project="mine"),
+    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs wandb, which is not installed"):
+        check(config, 1)
+
+
+# A job that holds a run's folder, with a child as a loader's worker is one, which outlives it.
+JOB = """
+import os, sys, time
+from pathlib import Path
+from mmcore.training.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_job_at_a_time_writes_a_run(tmp_path: Path) -> None:
+    """Another is refused until the first is gone, however it goes."""
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", JOB, run], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout
+        child = int(job.stdout.readline())
+        with pytest.raises(ValueError, match=rf"another job, process {job.pid} on .*`kill {job.pid}`"), run_lock(run):
+            pass
+        (run / "lock").write_text("")
+        with pytest.raises(ValueError, match="is being written by another job: wait for it"), run_lock(run):
+            pass
+        job.send_signal(signal.SIGKILL)
+        job.wait()
+        with run_lock(run):
+            assert json.loads((run / "lock").read_text())["pid"] == os.getpid()
+            assert Path(f"/proc/{child}").exists()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_the_command_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it trains; a rank that writes no log takes no part in it."""
+
+    def another(*_: object) -> None:
+        code = "import sys; from pathlib import Path; from mmcore.training.run_lock import run_lock\n"
+        code += "with run_lock(Path(sys.argv[1])): pass"
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+        refused.append("is being written by another job" in done.stderr)
+
+    refused: list[bool] = []
+    monkeypatch.setattr(loop, "train", another)
+    monkeypatch.setattr(command, "check", lambda *_: None)
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 0
+    assert refused == [False, True]
+
+
+def test_without_locks_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fcntl, "lockf", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with run_lock(tmp_path):
+        pass
+    said = f"{tmp_path} cannot be locked (No locks available): see to it that no other job writes it\n"
+    assert capsys.readouterr().err == said
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--checkpoint\.save .*file cannot be written: "), run_lock(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize("end", [None, BadStepError("bad"), KeyboardInterrupt()], ids=["done", "bad step", "Ctrl-C"])
+def test_every_end_leaves_a_report(
+    end: BaseException | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def trained(*_: object) -> None:
+        (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        if end:
+            raise end
+
+    monkeypatch.setattr(loop, "train", trained)
+    monkeypatch.setattr(command, "check", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt) if isinstance(end, KeyboardInterrupt) else nullcontext():
+        assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == (1 if end else 0)
+    assert (tmp_path / "loss.svg").exists()
+    assert capsys.readouterr().err.endswith(f"{tmp_path}/report.html: the run's curves and numbers\n")
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "train", lambda *_: (tmp_path / "log.jsonl").write_text('{"step": 1, "sources": 5}\n'))
+    monkeypatch.setattr(command, "check", lambda *_: None)
+    assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 0
+    said = "mmcore train: no report.html was written: AttributeError: 'int' object has no attribute 'items'\n"
+    assert capsys.readouterr().err == said
+    assert not (tmp_path / "report.html").exists()

@@ -353,7 +353,7 @@ def test_a_state_of_another_dataset_is_refused(dataset: Path, tokenizer: Tokeniz
         loader(other, tokenizer, states=[state])
 
 
-@pytest.mark.parametrize("state", [b"", b"not json", b"[]", b"{}", b'{"fingerprint": {}, "turn": 1}', b"\x80\x04."])
+@pytest.mark.parametrize("state", [b"", b"not json", b"[]", b"{}", b'{"fingerprint": {}, "position": 1}', b"\x80\x04."])
 def test_a_broken_state_is_refused(dataset: Path, tokenizer: Tokenizer, state: bytes) -> None:
     with pytest.raises(ValueError, match="loader's state cannot be read"):
         loader(dataset, tokenizer, states=[state])

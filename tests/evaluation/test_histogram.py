@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 import pytest
 from rich.console import Console
 
-from mmcore.evaluation.histogram import bar, lines, short, span, svg
+from mmcore.evaluation.curves import short
+from mmcore.evaluation.histogram import bar, lines, span, svg
 from mmcore.evaluation.inspection_table import print_report, printable, share
 
 BINS = [[0, 99, 1], [100, 199, 0], [200, 299, 2000]]

@@ -69,6 +69,18 @@ LANGUAGES: dict[str, tuple[type, dict[str, int], int]] = {
     "llama3_8b": (LlamaForCausalLM, {**MISTRAL, "vocab_size": 128256}, 8_030_261_248),
     "mistral_7b_v01": (MistralForCausalLM, {**MISTRAL, "vocab_size": 32000}, 7_241_732_096),
     "mistral_7b_v03": (MistralForCausalLM, {**MISTRAL, "vocab_size": 32768}, 7_248_023_552),
+    "moss2_2_5b": (
+        LlamaForCausalLM,
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "vocab_size": 137728,
+        },
+        2_577_532_928,
+    ),
     "qwen25_7b_instruct": (
         Qwen2ForCausalLM,
         {

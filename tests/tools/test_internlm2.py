@@ -19,6 +19,7 @@ from weight_files import Header, Weights
 from weight_map import apply
 
 from mmcore.models.architecture import LanguageArch, RotaryScaling, load_architecture
+from mmcore.models.presets import LANGUAGE
 from tests.tools import expected, parity
 
 State = dict[str, Tensor]
@@ -109,6 +110,10 @@ def test_configurations_that_are_refused(changes: dict[str, Any], message: str) 
     config = {key: value for key, value in (LLAVA_MOSS2 | changes).items() if value != "gone"}
     with pytest.raises(ValueError, match=message):
         read_architecture(config, Path("config.json"))
+
+
+def test_the_preset_is_what_comes_in() -> None:
+    assert LANGUAGE["moss2_2_5b"] == MOSS2_ARCH
 
 
 def test_the_whole_of_moss2() -> None:

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mmcore import distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.training import freezing, optimizer
 from mmcore.training.loss import step_shares
@@ -29,6 +30,8 @@ LAYOUTS = {
     "dp2": (ParallelConfig(), 2),
 }
 SEQUENCE_PARALLEL = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+INTERLEAVED = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+CONTEXT = ParallelConfig(context_parallel_size=2)
 # Layout, ranks, what is computed again in the backward pass, layers of each stage.
 VARIANTS = {
     **LAYOUTS,
@@ -39,6 +42,13 @@ VARIANTS = {
     "full": (ParallelConfig(), 1, "full"),
     "pp2, uneven": (ParallelConfig(pipeline_model_parallel_size=2), 2, "none", (1, 3)),
     "pp3, uneven": (ParallelConfig(pipeline_model_parallel_size=3), 3),
+    "pp2vp2": (INTERLEAVED, 2),
+    "cp2": (CONTEXT, 2),
+    "cp3": (replace(CONTEXT, context_parallel_size=3), 3),
+    "cp2dp2, full": (CONTEXT, 4, "full"),
+    "tp2cp2sp": (replace(SEQUENCE_PARALLEL, context_parallel_size=2), 4),
+    "pp2vp2cp2": (replace(INTERLEAVED, context_parallel_size=2), 4),
+    "tp2pp2vp2sp, full": (replace(INTERLEAVED, tensor_model_parallel_size=2, sequence_parallel=True), 4, "full"),
 }
 MICROBATCHES = [(0, 2, 1), (2, 2, 1), (4, 2, 2), (6, 2, 0)]  # first sample, size, images a sample: uneven on purpose
 FREEZES = {"none": (), "pretrain": ("vision_model", "language_model"), "sft": ("vision_model",)}
@@ -60,14 +70,16 @@ def gradients(
     for name, module in model.named_modules():
         if name.endswith(("layers.0.mlp", "layers.0.self_attention")):
             module.register_forward_hook(lambda *_, name=name: runs.update([name]))
-    model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    model.config.finalize_model_grads_func = lambda chunks, *args, **groups: finalize_model_grads(
+        [ddp], *args, **groups
+    )
     ddp.zero_grad_buffer()
     batches = microbatches()
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[ddp],
+        data_iterator=[iter(batches) for _ in model.chunks],
+        model=list(model.chunks),
         num_microbatches=len(batches),
         seq_length=1,
         micro_batch_size=1,
@@ -85,7 +97,7 @@ def gradients(
         "gradients": found,
         "runs": dict(runs),
         "tensor": parallel_state.get_tensor_model_parallel_rank(),
-        "data": parallel_state.get_data_parallel_rank(),
+        "data": parallel_state.get_data_parallel_rank(with_context_parallel=True),
     }
 
 
@@ -232,3 +244,31 @@ def test_training(freeze: str) -> None:
     for name, (layout, world_size) in LAYOUTS.items():
         for result in ranks.run(losses, layout, world_size, layout, FREEZES[freeze], 10):
             assert result == pytest.approx(expected, rel=1e-4), name
+
+
+def received() -> tuple[int, dict[str, Any], int]:
+    """This rank's stage, what it has of a batch that the data source read, and the bytes that it got or sent."""
+    batch = tiny.batch(0, 3, 2) if distributed.is_data_source() else None
+    sizes = []
+    send = torch.distributed.broadcast
+
+    def counting(tensor: torch.Tensor, *args: Any) -> None:
+        sizes.append(tensor.nbytes)
+        send(tensor, *args)
+
+    torch.distributed.broadcast = counting
+    batch = distributed.broadcast_in_replica(batch, first_stage_only=("images",))
+    found = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    return parallel_state.get_pipeline_model_parallel_rank(), found, sum(sizes)
+
+
+def test_later_stages_get_no_pictures() -> None:
+    layout = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    sent = tiny.batch(0, 3, 2)
+    for stage, batch, num_bytes in ranks.run(received, layout, 4):
+        images = batch.pop("images")
+        assert torch.equal(images, sent.images[:0] if stage else sent.images)
+        assert num_bytes < sent.images.nbytes or not stage
+        for name, part in batch.items():
+            expected = getattr(sent, name)
+            assert torch.equal(part, expected) if isinstance(part, torch.Tensor) else part == expected, name

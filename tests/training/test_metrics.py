@@ -1,4 +1,7 @@
+import importlib
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from mmcore.data.stream import Count
 from mmcore.training.loss import Share, token_loss
 from mmcore.training.metrics import Metrics
 from mmcore.training.step import StepResult
+from mmcore.training.writers import check_writers
 
 
 def sample(source: int, mask: list[float]) -> EncodedSample:
@@ -26,10 +30,10 @@ def test_losses_are_kept_by_source() -> None:
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
     total, count, sums = token_loss(collate(samples, num_sources=3), losses)
     assert (float(total), int(count)) == (11.0, 4)
-    assert sums.tolist() == [[4, 1, 1, 2], [0, 0, 0, 0], [1 + 2 + 0.5 * 8, 3, 2, 7]]
+    assert sums.tolist() == [[4, 1, 1, 1, 2], [0, 0, 0, 0, 0], [1 + 2 + 0.5 * 8, 2.5, 3, 2, 7]]
     total.backward()
     assert losses.grad is not None and losses.grad.tolist() == [1, 1, 1, 0.5]
-    assert Share.from_sums(*sums[2].tolist()) == Share(loss=7 / 3, num_tokens=3, num_samples=2, num_positions=7)
+    assert Share.from_sums(*sums[2].tolist()) == Share(loss=7 / 2.5, num_tokens=3, num_samples=2, num_positions=7)
     assert Share.from_sums(*sums[1].tolist()).loss == 0
 
 
@@ -89,3 +93,75 @@ def test_one_source_is_not_told_twice(config: RunConfig, tmp_path: Path) -> None
     metrics.report(1, step(Share(loss=1.0, num_tokens=1, num_samples=1, num_positions=2)), 0.1, Batches(only=Count()))
     metrics.close()
     assert "sources" not in json.loads((tmp_path / "log.jsonl").read_text())
+
+
+def test_tensorboard_keeps_what_the_checkpoint_has(config: RunConfig, tmp_path: Path) -> None:
+    """A run that goes on from step 2 shows steps 1 and 2 of the first, and not the third, which was lost."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = step(Share(loss=1.0, num_tokens=1, num_samples=1, num_positions=2))
+    for first_step, steps, lr in ((0, (1, 2, 3), 0.5), (2, (3, 4), 0.25)):
+        metrics = Metrics(config, first_step)
+        for number in steps:
+            metrics.report(number, result, lr, Batches(only=Count()))
+        metrics.close()
+    rates = EventAccumulator(str(tmp_path / "board")).Reload().Scalars("lr")
+    assert [(event.step, event.value) for event in rates] == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25)]
+
+
+# What the trainer uses of W&B, written down call by call.
+WANDB = """
+import types
+calls = []
+class Error(Exception): pass
+def init(**options):
+    if options["project"] == "closed":
+        raise Error("no key")
+    calls.append(("init", options))
+    def note(name):
+        return lambda *values, **options: calls.append((name, *values, options))
+    return types.SimpleNamespace(log=note("log"), define_metric=note("define_metric"), finish=note("finish"))
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    yield importlib.import_module("wandb").calls
+    sys.modules.pop("wandb", None)
+
+
+def test_weights_and_biases(config: RunConfig, tmp_path: Path, wandb: list[tuple]) -> None:
+    config = replace(config, logging=LoggingConfig(wandb_project="mine"))
+    check_writers(config.logging)
+    chats = Share(loss=4.0, num_tokens=0, num_samples=0, num_positions=0)
+    captions = Share(loss=2.0, num_tokens=30, num_samples=3, num_positions=120)
+    for first_step in (0, 1):
+        metrics = Metrics(config, first_step)
+        metrics.report(first_step + 1, step(captions, chats), 1e-3, Batches(captions=Count(), chats=Count(skipped=1)))
+        metrics.report_validation(first_step + 1, captions, {"captions": captions})
+        metrics.close()
+
+    first, again = (options for name, *_, options in wandb if name == "init")
+    assert (first["project"], first["name"], first["resume"]) == ("mine", tmp_path.name, "allow")
+    assert first["id"] == again["id"] and len(first["id"]) == 8 and first["config"]["data"]["seq_length"] == 100
+    assert ("define_metric", "*", {"step_metric": "step"}) in wandb and wandb[-1] == ("finish", {})
+    logged = [values for name, values, *_ in wandb if name == "log"]
+    assert [values["step"] for values in logged] == [1, 1, 2, 2]
+    assert (logged[0]["loss"], logged[0]["loss/captions"], logged[0]["skipped/chats"]) == (2.0, 2.0, 1)
+    assert "loss/chats" not in logged[0]  # it had no part in the step
+    assert logged[1] == {"step": 1, "validation_loss": 2.0, "validation_loss/captions": 2.0}
+    with pytest.raises(ValueError, match=r"--logging\.wandb-project closed: W&B does not begin the run: no key"):
+        Metrics(replace(config, logging=LoggingConfig(wandb_project="closed")), 0)
+
+
+def test_weights_and_biases_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_writers(LoggingConfig(wandb_project=""))
+    with pytest.raises(ValueError, match=r"needs wandb, which is not installed: `pip install wandb`"):
+        check_writers(LoggingConfig(wandb_project="mine"))
+    with pytest.raises(ValueError, match=r"--logging\.wandb-name a needs --logging.wandb-project"):
+        LoggingConfig(wandb_name="a")

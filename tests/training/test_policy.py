@@ -13,8 +13,9 @@ from mmcore import checkpoint
 from mmcore.commands import train as command
 from mmcore.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from mmcore.data.batch import Batch
-from mmcore.training import loop
+from mmcore.training import loop, step
 from mmcore.training.freezing import optimizer_state
+from mmcore.training.loss import token_loss
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.policy import FEWEST, BadStepError, BadSteps
 from mmcore.training.step import train_step
@@ -24,7 +25,7 @@ STEPS = 8
 
 
 class Batches(Iterator[Batch]):
-    """Batches by number; those of `bad` are multiplied by what it says, those of `left_out` are not there."""
+    """Batches by number; losses of `bad` ones are multiplied by what it says, those of `left_out` are not there."""
 
     sources: tuple[str, ...] = ()
     bad: ClassVar[dict[int, float]] = {}
@@ -38,14 +39,17 @@ class Batches(Iterator[Batch]):
         while self.next in self.left_out:
             self.next += 1
         number, self.next = self.next, self.next + 1
-        batch = tiny.batch(2 * number % 16, 2)
-        return replace(batch, loss_mask=batch.loss_mask * self.bad.get(number, 1.0))
+        return replace(tiny.batch(2 * number % 16, 2), keys=[str(self.bad.get(number, 1.0))])
 
     def counts(self) -> dict[str, Any]:
         return {}
 
     def state(self) -> bytes:
         return b""
+
+
+def spoiled_loss(batch: Batch, losses: torch.Tensor) -> Any:
+    return token_loss(batch, losses * float(batch.keys[0]))
 
 
 def run(root: Path, name: str, *, bad: dict[int, float], left_out: tuple[int, ...] = (), **options: Any) -> list[Any]:
@@ -59,6 +63,7 @@ def run(root: Path, name: str, *, bad: dict[int, float], left_out: tuple[int, ..
         checkpoint.save_checkpoint(start, 0, model=model, optimizer=None, state={}, keep_last=1, **content)
         Batches.bad, Batches.left_out = bad, left_out
         loop.Batches = Batches  # type: ignore
+        step.token_loss = spoiled_loss
         loop.distributed.initialize = lambda *_: None  # the test's groups are up
         config = RunConfig(
             model=ModelConfig(checkpoint=str(start)),
@@ -155,11 +160,11 @@ def test_nothing_of_a_bad_step_is_kept() -> None:
     assert ranks.run(stepped, ParallelConfig(), 1) == [True]
 
 
-def test_the_command_says_it_in_one_paragraph(monkeypatch: Any, capsys: Any) -> None:
+def test_the_command_says_it_in_one_paragraph(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     def bad(*_: Any) -> None:
         raise BadStepError("step 6 is bad: it was made so")
 
     monkeypatch.setattr(loop, "train", bad)
     monkeypatch.setattr(command, "check", lambda *_: None)
-    assert command.main(["quickstart_sft"]) == 1
+    assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "mmcore train: step 6 is bad: it was made so\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,6 +134,13 @@ def test_killed_and_resumed(inputs: Path, tmp_path: Path) -> None:
     kept = [json.loads((at / "step_00000008" / "run.json").read_text()) for at in (run, tmp_path / "whole")]
     counted = [(state["step"], state["consumed_samples"], state["consumed_tokens"]) for state in kept]
     assert counted[0] == counted[1] and counted[0][2] == sum(row["num_tokens"] for row in whole)
+
+    # The report tells of both jobs, from what they have left.
+    assert (tmp_path / "whole" / "loss.svg").exists()
+    page = (run / "report.html").read_text()
+    assert "Training run, 8 of 8 steps" in page and ">finished<" in page
+    assert re.search(r"Began again after step</th><td[^>]*>4<", page)
+    assert re.search(r"Layout</th><td[^>]*>tensor 2 x .*data 1, 2 ranks on cpu<", page)
 
     # Once finished, starting it again changes nothing.
     done = subprocess.run(command(inputs, run), env=ENVIRONMENT, capture_output=True, text=True, timeout=180)

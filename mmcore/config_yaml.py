@@ -1,0 +1,84 @@
+"""A run as YAML: read into its sections, strictly, and written."""
+
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from mmcore.checks import nearest
+from mmcore.config import RunConfig
+
+
+def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> Any:
+    """Replace fields of a config dataclass by a nested dict's values.
+
+    Raises:
+        ValueError: an unknown key (names the nearest) or a value of the wrong kind.
+    """
+    known = {item.name: getattr(config, item.name) for item in fields(config)}
+    changes: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {name!r}{nearest(key, known)}")
+        current = known[key]
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: {name!r} is a section: it takes keys below it, not {value!r}")
+            changes[key] = merge(current, value, where, f"{name}.")
+        elif isinstance(item := next(iter(get_args(get_type_hints(type(config))[key])), None), type) and is_dataclass(
+            item
+        ):
+            if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+                raise ValueError(f"{where}: {name!r} is a list of sections, not {value!r}")
+            changes[key] = tuple(merge(item(), entry, where, f"{name}.{index}.") for index, entry in enumerate(value))
+        else:
+            changes[key] = _checked(current, value, name, where, item if isinstance(item, type) else str)
+    return replace(config, **changes)
+
+
+def _checked(current: Any, value: Any, name: str, where: str, item: type) -> Any:
+    """`value` as the kind that `current` has, a tuple's of `item`: YAML writes 1e-3 as text and a tuple as a list."""
+    kind = type(current)
+    try:
+        if kind is tuple and isinstance(value, list) and all(type(entry) is item for entry in value):
+            return tuple(value)
+        if kind is float and not isinstance(value, bool):
+            return float(value)
+        if type(value) is kind:
+            return value
+    except (TypeError, ValueError):
+        pass
+    wanted = f"list of {'names' if item is str else 'numbers'}" if kind is tuple else kind.__name__
+    raise ValueError(f"{where}: {name!r} takes a {wanted}, not {value!r}")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a mapping from a YAML file.
+
+    Raises:
+        ValueError: missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"--config {path} must hold sections (model, parallel, data, ...), not {type(content).__name__}"
+        )
+    return content
+
+
+def as_yaml(config: RunConfig) -> str:
+    """YAML that `--config` takes back."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+    return str(yaml.safe_dump(plain(asdict(config)), sort_keys=False))
