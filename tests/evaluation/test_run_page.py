@@ -64,7 +64,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
         "Rows filled 75.0 % Waiting for data 12.5 % Peak memory, first rank 4 GiB",
         "Bad steps and rewinds none Checkpoints step_00000008",
         "Began 2026-03-01 10:00:00 UTC on node17 Began again after step 5",
-        "Layout tensor 1 x pipeline 1 x data 8, 8 ranks on cuda Parameters 4,020",
+        "Layout tensor 1 x pipeline 1 x context 1 x data 8, 8 ranks on cuda Parameters 4,020",
         "align 1 to 4 1.00e-03 20 vision_model language_model full 5 to 8 2.00e-05 3,020 vision_model",
         "chats 8 0 40 1.5 1.5 3 0",
         "Score: coco, CIDEr at the end 0.625",
