@@ -156,3 +156,13 @@ def test_a_recipe_names_presets_that_exist(recipe: Callable[[], RunConfig]) -> N
     model = recipe().model
     for name, table in ((model.vision, VISION), (model.language, LANGUAGE), (model.projector, PROJECTOR)):
         assert not name or name in table
+
+
+def test_yaml_and_options_are_judged_together(tmp_path: Path) -> None:
+    """A stage too short for the recipe's warmup is no mistake where the command line shortens that."""
+    path = tmp_path / "stages.yaml"
+    path.write_text("train: {steps: 60, stages: [{name: a, until: 20}, {name: b}]}\n")
+    given = ["quickstart_sft", "--config", str(path)]
+    with pytest.raises(ValueError, match="lr-warmup-steps 20 must be below the 20 of the shortest stage"):
+        parse(given)
+    assert parse([*given, "--optimizer.lr-warmup-steps", "3"])[0].train.stage_ends() == (20, 60)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "constants",
     "checks",
+    "config_train",
     "config",
     "config_yaml",
     "host",
@@ -40,6 +41,7 @@ LIGHT = (
     "constants.py",
     "checks.py",
     "config.py",
+    "config_train.py",
     "config_yaml.py",
     "recipes.py",
     "__main__.py",

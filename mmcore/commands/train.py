@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool]:
     Returns:
         The run, and whether it is only to be printed.
     Raises:
-        ValueError: unknown recipe, or a YAML that is not a run.
+        ValueError: unknown recipe, a YAML that is not a run, or options that do not fit together.
     """
     recipe, *options = argv
     if recipe not in RECIPES:
@@ -58,6 +58,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool]:
         default=config,
         args=options,
     )
+    config.check()
     return config, known.print_config
 
 

@@ -20,8 +20,8 @@ from mmcore.config import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
-    merge,
 )
+from mmcore.config_yaml import merge
 from mmcore.data.batch import Batch
 from mmcore.data.task_encoder import loss_weights
 from mmcore.training import loop, metrics

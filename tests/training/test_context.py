@@ -70,7 +70,7 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"--parallel.context-parallel-size must be above 0"):
         ParallelConfig(context_parallel_size=0)
     with pytest.raises(ValueError, match=r"--eval.task coco with --parallel.context-parallel-size 2"):
-        RunConfig(parallel=CONTEXT, eval=EvalConfig(task="coco", data="x", interval=1))
+        RunConfig(parallel=CONTEXT, eval=EvalConfig(task="coco", data="x", interval=1)).check()
     for what, change in {
         "a sliding window of 5": {"sliding_window": 5},
         "dynamic rotary embeddings": {"rotary_scaling": RotaryScaling(rope_type="dynamic", factor=2.0)},

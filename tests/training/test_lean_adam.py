@@ -221,4 +221,4 @@ def test_what_lean_states_cannot_do() -> None:
     with pytest.raises(ValueError, match=r"lean with --optimizer.adam-beta2 0.999: moments in bf16 lose changes"):
         OptimizerConfig(states="lean", adam_beta2=0.999)
     with pytest.raises(ValueError, match=r"--train.precision is fp32: give bf16, or --optimizer.states full"):
-        RunConfig(optimizer=OptimizerConfig(states="lean"), train=TrainConfig(precision="fp32"))
+        RunConfig(optimizer=OptimizerConfig(states="lean"), train=TrainConfig(precision="fp32")).check()

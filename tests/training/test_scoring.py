@@ -332,11 +332,11 @@ def test_sections_that_make_no_sense(options: dict[str, Any], message: str) -> N
 def test_the_best_needs_a_score_at_every_checkpoint() -> None:
     best = CheckpointConfig(save_interval=10, keep_best=1)
     with pytest.raises(ValueError, match=r"--checkpoint.keep-best 1 has nothing to go by"):
-        RunConfig(checkpoint=best)
+        RunConfig(checkpoint=best).check()
     with pytest.raises(ValueError, match=r"--checkpoint.save-interval 10 must be a multiple of --eval.interval 4"):
-        RunConfig(checkpoint=best, eval=EvalConfig(task="coco", data="x", interval=4))
+        RunConfig(checkpoint=best, eval=EvalConfig(task="coco", data="x", interval=4)).check()
     with pytest.raises(ValueError, match=r"save-interval 10 must be a multiple of --train.val-interval 20"):
-        RunConfig(checkpoint=best, train=TrainConfig(val_interval=20))
+        RunConfig(checkpoint=best, train=TrainConfig(val_interval=20)).check()
     with pytest.raises(ValueError, match="keep-best must not be negative"):
         CheckpointConfig(keep_best=-1)
 

@@ -153,6 +153,6 @@ def test_stages_follow_each_other() -> None:
         with pytest.raises(ValueError, match=r"train.stages end at steps"):
             TrainConfig(steps=8, stages=tuple(StageConfig(until=end) for end in ends))
     with pytest.raises(ValueError, match="must be below the 2 of the shortest stage"):
-        RunConfig(train=CONFIG.train, optimizer=OptimizerConfig(lr_warmup_steps=2))
+        RunConfig(train=CONFIG.train, optimizer=OptimizerConfig(lr_warmup_steps=2)).check()
     with pytest.raises(ValueError, match=r"'all' of train.stages freezes every part"):
         StageConfig(name="all", freeze=("vision_model", "vision_projection", "language_model"))
