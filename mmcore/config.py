@@ -10,7 +10,7 @@ from mmcore.checks import check_patterns, positive
 from mmcore.config_train import OptimizerConfig as OptimizerConfig
 from mmcore.config_train import StageConfig as StageConfig
 from mmcore.config_train import TrainConfig as TrainConfig
-from mmcore.constants import MODULES
+from mmcore.constants import LANGUAGE_MODEL, MODULES, VISION_MODEL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +19,8 @@ class ModelConfig:
 
     checkpoint: str = ""
     """Folder to start from: combine.py's, or another run's. Its model.json is the architecture."""
+    weights: Literal["checkpoint", "random"] = "checkpoint"
+    """Where they begin: as the checkpoint's; or at random, of which it then needs none, to time a model."""
     vision: str = ""
     """Preset of mmcore.models.presets that the checkpoint's vision tower must be; any if empty."""
     language: str = ""
@@ -33,6 +35,19 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """What of the layers, the vision tower's too, is computed again in the backward pass and so takes no memory until
     then: nothing; their MLPs; or all but their inputs."""
+    fp8: Literal["none", "delayed", "tensorwise"] = "none"
+    """Matrix products of the language model's layers in FP8, by Transformer Engine on a GPU that has it (L40S, H100 and
+    later): delayed scales a tensor by what it was in the last 16 passes, of which a resumed run knows none; tensorwise
+    by what it is, which takes a little longer, and a resumed run goes on exactly."""
+    fp8_vision: bool = False
+    """Also those of the vision tower's layers, always tensorwise."""
+
+    @property
+    def fp8_parts(self) -> tuple[str, ...]:
+        """Parts whose layers are computed in FP8."""
+        if self.fp8 == "none":
+            return ()
+        return (LANGUAGE_MODEL, VISION_MODEL) if self.fp8_vision else (LANGUAGE_MODEL,)
 
     def __post_init__(self) -> None:
         if set(self.freeze) >= set(MODULES):
@@ -125,6 +140,8 @@ class DataConfig:
 
     path: str = ""
     """Energon dataset that `mmcore prepare` wrote, or an energon metadataset YAML."""
+    synthetic: bool = False
+    """Train on pixels and tokens that are made up, of the lengths of captions or conversations, to time a model."""
     conversation: str = ""
     """Template that turns a conversation into tokens; by default the checkpoint's, "plain" for alignment."""
     image_mode: Literal["", "crop", "pad", "squash"] = ""
@@ -165,7 +182,7 @@ class CheckpointConfig:
     save: str = ""
     """Folder of the run: checkpoints, log.jsonl, report.html. A run that finds a checkpoint there goes on from it."""
     save_interval: int = 1000
-    """Steps between checkpoints; the last step always writes one."""
+    """Steps between checkpoints; the last step always writes one. 0 writes none, and needs no --checkpoint.save."""
     keep_last: int = 2
     """Newest checkpoints that stay."""
     keep_every: int = 0
@@ -176,8 +193,10 @@ class CheckpointConfig:
     """Train on while a checkpoint is written, from a copy in the host's memory; published when all ranks are done."""
 
     def __post_init__(self) -> None:
-        positive("checkpoint", self, "save_interval", "keep_last")
-        if self.keep_every < 0 or self.keep_every % self.save_interval:
+        positive("checkpoint", self, "keep_last")
+        if self.save_interval < 0:
+            raise ValueError(f"--checkpoint.save-interval must not be negative, but is {self.save_interval}")
+        if self.keep_every < 0 or self.keep_every % (self.save_interval or self.keep_every + 1):
             raise ValueError(
                 f"--checkpoint.keep-every {self.keep_every} must be a multiple of --checkpoint.save-interval "
                 f"{self.save_interval}, or 0 to keep the newest alone"
@@ -231,6 +250,9 @@ class LoggingConfig:
     """Steps between lines on the terminal; log.jsonl has every step."""
     tensorboard_dir: str = ""
     """Folder for TensorBoard; none if empty."""
+    module_times: bool = False
+    """Tell of each step where its time went: tower, projector, language model, output layer, communication that did not
+    overlap, optimizer, data. Costs a little."""
     wandb_project: str = ""
     """Project of Weights & Biases, which has to be installed; none if empty. WANDB_MODE=offline stays on the disk."""
     wandb_name: str = ""
@@ -267,12 +289,14 @@ class RunConfig:
                 "--optimizer.states lean keeps what a bf16 weight lacks of its master, but --train.precision is "
                 f"{self.train.precision}: give bf16, or --optimizer.states full"
             )
+        self._check_fp8()
         if self.eval.task and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--eval.task {self.eval.task} with --parallel.context-parallel-size "
                 f"{self.parallel.context_parallel_size}: ranks that share a sequence cannot answer, since the "
                 "key-value cache is not cut. Score the checkpoints by `mmcore generate`; --train.val-interval works"
             )
+        self._check_made_up()
         if self.checkpoint.keep_best:
             self._check_best()
         ends = self.train.stage_ends()
@@ -281,6 +305,30 @@ class RunConfig:
             raise ValueError(
                 f"--optimizer.lr-warmup-steps {self.optimizer.lr_warmup_steps} must be below "
                 + (f"the {shortest} of the shortest stage" if self.train.stages else f"--train.steps {shortest}")
+            )
+
+    def _check_made_up(self) -> None:
+        """Without a checkpoint there is no tokenizer."""
+        if self.data.synthetic and (self.data.path or self.train.val_interval):
+            raise ValueError("--data.synthetic makes up samples to train on: leave out --data.path and val-interval")
+        if self.model.weights == "checkpoint" or self.model.checkpoint:
+            return
+        if not self.data.synthetic or self.checkpoint.save_interval or self.eval.task:
+            raise ValueError(
+                "--model.weights random without --model.checkpoint has no tokenizer: give --data.synthetic, "
+                "--checkpoint.save-interval 0 and no --eval.task, or a checkpoint for its tokenizer"
+            )
+
+    def _check_fp8(self) -> None:
+        """What the layers' other half is in, and who computes it."""
+        if self.model.fp8 == "none":
+            if self.model.fp8_vision:
+                raise ValueError("--model.fp8-vision without --model.fp8: give it delayed or tensorwise")
+            return
+        if self.train.precision != "bf16" or self.model.backend == "local":
+            raise ValueError(
+                f"--model.fp8 {self.model.fp8} is for --train.precision bf16 and Transformer Engine's layers, but "
+                f"they are {self.train.precision} and --model.backend {self.model.backend}: give bf16 and auto"
             )
 
     def _check_best(self) -> None:

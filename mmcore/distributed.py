@@ -120,7 +120,7 @@ def _broadcast(value: Any, group: Any, withheld: Collection[str]) -> Any:
     received = {}
     for name, (shape, dtype) in shapes.items():
         if name in tensors:
-            tensor = tensors[name].to(host.device(), non_blocking=True).contiguous()
+            tensor = host.to_device(tensors[name].contiguous())
         else:
             shape = (0, *shape[1:]) if name in withheld else shape
             tensor = torch.empty(shape, dtype=dtype, device=host.device())

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ def peak_memory() -> int:
 def has_cuda() -> bool:
     """Whether this process computes on a GPU."""
     return torch.cuda.is_available()
+
+
+def compute_capability() -> tuple[int, int] | None:
+    """Of this rank's GPU, as (9, 0) of an H100; None on a CPU."""
+    return torch.cuda.get_device_capability() if has_cuda() else None
 
 
 # Dense matrix products in bf16, TFLOP/s, by what the name of a GPU contains, the more special first. Sources:
@@ -66,6 +71,48 @@ def seconds_between(first: Any, second: Any) -> float:
         return float(second - first)
     second.synchronize()
     return float(first.elapsed_time(second)) / 1e3
+
+
+def has_passed(moment: Any) -> bool:
+    """Whether the GPU has come to a tick already; does not wait for it."""
+    return not has_cuda() or bool(moment.query())
+
+
+class SideStream:
+    """A queue of the GPU's work beside the one that computes; on a CPU everything is done at once."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
+
+    @contextlib.contextmanager
+    def queue(self) -> Iterator[None]:
+        """Queue here what is called inside."""
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def end(self) -> Any:
+        """The end of what is queued here so far."""
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+
+def wait_for(end: Any, tensors: Iterable[torch.Tensor]) -> None:
+    """Let the GPU's work from here on wait for the end of a side stream's; the host does not.
+
+    Args:
+        tensors: what was made there and is used here, so that its memory is not given away before.
+    """
+    stream = torch.cuda.current_stream()
+    stream.wait_event(end)
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(stream)
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Bring a tensor of the CPU to this rank's device, to a GPU by way of pinned memory: the host does not wait."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if has_cuda() else tensor
 
 
 def device() -> torch.device:

@@ -5,7 +5,9 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import tyro
 
@@ -68,11 +70,11 @@ def check(config: RunConfig, world_size: int) -> Architecture:
     Raises:
         ValueError: what is missing, contradicts itself or does not fit the ranks.
     """
-    if not config.data.path:
+    if not config.data.path and not config.data.synthetic:
         raise ValueError("no data: give --data.path, an energon dataset that `mmcore prepare` wrote")
-    if "://" not in config.data.path and not Path(config.data.path).exists():
+    if config.data.path and "://" not in config.data.path and not Path(config.data.path).exists():
         raise ValueError(f"--data.path {config.data.path} does not exist: write it with `mmcore prepare`")
-    if not config.checkpoint.save:
+    if not config.checkpoint.save and config.checkpoint.save_interval:
         raise ValueError("no place to keep the run: give --checkpoint.save, a folder for its checkpoints and log")
     architecture = with_image_mode(resolve_architecture(config.model), config.data.image_mode)
     check_layout(architecture, config.parallel)
@@ -83,7 +85,8 @@ def check(config: RunConfig, world_size: int) -> Architecture:
     config.train.check_batch_sizes(parallel.data_parallel_size(world_size), parallel.microbatch_multiple)
     frozen = never_trained([stage.freeze for stage in config.train.stages] or [config.model.freeze])
     size = checkpoint_bytes(architecture, frozen, 2 if config.train.precision == "bf16" else 4)
-    check_disk(config.checkpoint, config.train.steps, size)
+    if config.checkpoint.save_interval:
+        check_disk(config.checkpoint, config.train.steps, size)
     return architecture
 
 
@@ -96,13 +99,21 @@ def main(argv: list[str]) -> int:
         print(as_yaml(config), end="")
         return EXIT_DONE
     architecture = check(config, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.checkpoint.save:
+        return _run(config, architecture)
+    with TemporaryDirectory() as folder:
+        return _run(replace(config, checkpoint=replace(config.checkpoint, save=folder)), architecture)
+
+
+def _run(config: RunConfig, architecture: Architecture) -> int:
+    """The run, as the only one that writes its folder, and its report."""
     is_main = os.environ.get("RANK", "0") == "0"
     run = Path(config.checkpoint.save)
     with run_lock(run) if is_main else nullcontext():
         try:
             return _train(config, architecture, is_main)
         finally:  # finished, stopped or interrupted
-            if is_main:
+            if is_main and config.checkpoint.save_interval:
                 _report(run)
 
 

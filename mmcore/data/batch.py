@@ -6,7 +6,7 @@ b samples, s tokens, n images (or tiles), t trained tokens of the whole batch.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,9 @@ class Batch:
     loss_mask: Tensor  # float32 [1, s]; 0 where it is not trained
     loss_positions: Tensor  # int64 [t]; where loss_mask is not 0
     images: Tensor  # uint8 [n, 3, h, w]; none on later pipeline stages
+    num_images: Tensor  # int64 [b]; of each sample
     image_sources: Tensor | None = None  # int64 [e]; as a sample's, of all images; None: every feature in order
+    image_positions: Tensor | None = None  # int64 [e]; where tokens has a placeholder; None: not looked for yet
     cu_seqlens: Tensor  # int32 [b + 1]; where each sample begins, and the end
     max_seqlen: int
     """Tokens of the longest sample."""
@@ -72,12 +74,18 @@ def collate(samples: Sequence[EncodedSample], num_sources: int = 1) -> Batch:
         loss_mask=loss_mask[None],
         loss_positions=loss_mask.nonzero().squeeze(-1),
         images=join_images([sample.images for sample in samples]),
+        num_images=torch.tensor([len(sample.images) for sample in samples]),
         image_sources=join_image_sources(
             [sample.image_sources for sample in samples], [sample.num_features for sample in samples]
         ),
         cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         max_seqlen=max(lengths),
     )
+
+
+def with_image_positions(batch: Batch, image_token_id: int) -> Batch:
+    """The batch with its placeholders found, while it is still the host's: on a GPU the host would wait for them."""
+    return replace(batch, image_positions=(batch.tokens.flatten() == image_token_id).nonzero().squeeze(-1))
 
 
 def join_images(images: Sequence[Tensor]) -> Tensor:

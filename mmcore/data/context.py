@@ -47,7 +47,7 @@ def context_part(batch: Batch, image_token_id: int, rank: int, size: int, multip
         image_token_id: what stands in for image embeddings.
         rank, size, multiple: as `context_rows` takes them.
     Returns:
-        What the model runs: this rank's positions, `image_sources` for the embeddings among them, all pictures, and
+        What the model runs: this rank's positions, the placeholders and `image_sources` among them, all pictures, and
         the boundaries of the whole row. And the batch itself, with those trained positions that are this rank's, in
         the same order.
     """
@@ -57,13 +57,15 @@ def context_part(batch: Batch, image_token_id: int, rank: int, size: int, multip
     loss_positions = loss_mask[0].nonzero().squeeze(-1)
     is_image = batch.tokens[0] == image_token_id
     order = is_image.cumsum(0) - 1  # which of the row's embeddings a placeholder stands for
-    taken = order[rows[is_image[rows] & ~is_padding]]
+    places = (is_image[rows] & ~is_padding).nonzero().squeeze(-1)
+    taken = order[rows[places]]
     part = replace(
         batch,
         tokens=_taken(batch.tokens, rows),
         labels=_taken(batch.labels, rows),
         loss_mask=loss_mask,
         loss_positions=loss_positions,
+        image_positions=places,
         image_sources=taken if batch.image_sources is None else batch.image_sources[taken],
         cu_seqlens=boundaries,
         max_seqlen=-(-batch.max_seqlen // multiple) * multiple,

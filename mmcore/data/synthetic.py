@@ -50,6 +50,7 @@ class SyntheticLoader:
         data_parallel_rank: int,
         data_parallel_size: int,
         seed: int,
+        states: Sequence[bytes] = (),
     ) -> None:
         """
         Args:
@@ -58,8 +59,9 @@ class SyntheticLoader:
             conversation: template, of which only "plain" or not counts here.
             pictures: what the model makes of them.
             micro_batch_size: rows of a batch; without packing, samples.
+            states: what `state_dict` gave on each rank, in order, to go on from there.
         Raises:
-            ValueError: a picture does not fit into seq_length.
+            ValueError: a picture does not fit into seq_length, or the states are others.
         """
         self.config, self.vocab_size, self.is_caption = config, vocab_size, conversation == "plain"
         self.micro_batch_size, self.seed = micro_batch_size, seed
@@ -70,6 +72,8 @@ class SyntheticLoader:
             raise ValueError(
                 f"--data.seq-length {config.seq_length} has no room for a picture ({longest} tokens) and text: raise it"
             )
+        if states:
+            self._go_on(states)
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -131,12 +135,7 @@ class SyntheticLoader:
     def state_dict(self) -> bytes:
         return json.dumps({"turn": self._turn, "samples": self._samples}).encode()
 
-    def load_state_dict(self, states: Sequence[bytes]) -> None:
-        """Go on where all ranks saved, on any number of them.
-
-        Raises:
-            ValueError: not such states.
-        """
+    def _go_on(self, states: Sequence[bytes]) -> None:
         try:
             contents = [json.loads(state) for state in states]
             position = sum(content["turn"] for content in contents)

@@ -58,16 +58,21 @@ class InterleavedModel(MegatronModule):
 
 
 def build_model(
-    architecture: Architecture, backend: str = "auto", layers: Sequence[int] = (), **base: Any
+    architecture: Architecture,
+    backend: str = "auto",
+    layers: Sequence[int] = (),
+    *,
+    fp8_vision: bool = False,
+    **base: Any,
 ) -> LlavaModel | InterleavedModel:
     """This rank's part of the model at any layout.
 
     Args:
-        architecture, backend, base: as `LlavaModel` takes them.
+        architecture, backend, fp8_vision, base: as `LlavaModel` takes them.
         layers: of the language model in each chunk from the bottom up, as `plan_layers` gives; dealt out evenly if
             empty.
     """
     chunks = base["virtual_pipeline_model_parallel_size"]
-    if chunks is None:
-        return LlavaModel(architecture, backend, layers, **base)
-    return InterleavedModel([LlavaModel(architecture, backend, layers, index, **base) for index in range(chunks)])
+    indices = [None] if chunks is None else range(chunks)
+    parts = [LlavaModel(architecture, backend, layers, index, fp8_vision=fp8_vision, **base) for index in indices]
+    return parts[0] if chunks is None else InterleavedModel(parts)

@@ -17,10 +17,12 @@ from torch import Tensor, finfo
 
 from mmcore import host
 from mmcore.models.architecture import LanguageArch
+from mmcore.models.chunks import chunk_rows, in_chunks
+from mmcore.models.kernels import Backend, language_fusions
 from mmcore.models.pipeline import split_layers
 from mmcore.models.recompute import begin_graph
 from mmcore.models.rotary import ScaledRotaryEmbedding
-from mmcore.models.specs import Backend, block_spec
+from mmcore.models.specs import block_spec
 
 
 class LanguageModel(GPTModel):
@@ -100,13 +102,23 @@ class LanguageModel(GPTModel):
         hidden = hidden.transpose(0, 1).flatten(0, 1)  # [b * s, h]
         if positions is not None:
             hidden = hidden[positions]  # [t, h]
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)  # [t, 1, vocabulary / tp]
         if labels is None:
-            return gather_from_tensor_model_parallel_region(logits)[:, 0, : self.arch.vocab_size]
-        self._hide_padding(logits)
+            return gather_from_tensor_model_parallel_region(self._logits(hidden))[:, 0, : self.arch.vocab_size]
         labels = labels.flatten() if positions is None else labels.flatten()[positions]
-        return self.compute_language_model_loss(labels.unsqueeze(0), logits).flatten()  # [t]
+        width = self.output_layer.output_size_per_partition
+        return in_chunks(self._losses, chunk_rows(width), hidden, labels)  # [t]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[t, h] -> [t, 1, vocabulary / tp]."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits: Tensor = self.output_layer(hidden.unsqueeze(1), weight=weight)[0]
+        return logits
+
+    def _losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """[t, h] and int64 [t] -> float32 [t]."""
+        logits = self._logits(hidden)
+        self._hide_padding(logits)
+        return self.compute_language_model_loss(labels.unsqueeze(0), logits).flatten()
 
     def _hide_padding(self, logits: Tensor) -> None:
         """Take the vocabulary's padding out of the softmax: it is no token, whatever its rows hold."""
@@ -116,7 +128,9 @@ class LanguageModel(GPTModel):
             logits[..., max(0, self.arch.vocab_size - first) :] = finfo(logits.dtype).min
 
 
-def language_config(arch: LanguageArch, layers: Sequence[int] = (), **base: Any) -> TransformerConfig:
+def language_config(
+    arch: LanguageArch, layers: Sequence[int] = (), backend: Backend = "local", **base: Any
+) -> TransformerConfig:
     """mcore's configuration of a LLaMA-shaped decoder.
 
     Args:
@@ -142,7 +156,6 @@ def language_config(arch: LanguageArch, layers: Sequence[int] = (), **base: Any)
         window_size=None if arch.sliding_window is None else (arch.sliding_window - 1, 0),
         gated_linear_unit=True,
         activation_func=F.silu,
-        # mcore's fused SwiGLU is jitted for GPUs; on the CPU the jit is off, and torch's own silu is faster.
-        bias_activation_fusion=host.has_cuda(),
+        **language_fusions(backend, has_cuda=host.has_cuda()),
         **base,
     )

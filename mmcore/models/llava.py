@@ -1,6 +1,7 @@
 """The whole model: vision tower, projector and language model, on one pipeline stage or many."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from mmcore import host
 from mmcore.config import ParallelConfig
 from mmcore.models.architecture import Architecture
+from mmcore.models.fp8 import FP8, forget_quantized, in_high_precision, keep_quantized, token_multiple
+from mmcore.models.kernels import resolve_backend
 from mmcore.models.language import LanguageModel, language_config
 from mmcore.models.projector import build_projector
 from mmcore.models.recompute import RECOMPUTE
 from mmcore.models.sequence_parallel import pad_rows, pad_segments
-from mmcore.models.specs import resolve_backend
 from mmcore.models.splice import arrange, splice
 from mmcore.models.vision import VisionModel, vision_config
 
@@ -40,6 +42,8 @@ class LlavaModel(MegatronModule):
         backend: str = "auto",
         layers: Sequence[int] = (),
         vp_stage: int | None = None,
+        *,
+        fp8_vision: bool = False,
         **base: Any,
     ) -> None:
         """Build this rank's part.
@@ -49,12 +53,13 @@ class LlavaModel(MegatronModule):
             backend: "auto", "local" or "transformer_engine".
             layers: of the language model on each pipeline stage, as `plan_layers` gives; dealt out evenly if empty.
             vp_stage: which of this rank's chunks, where it has several (see `mmcore.models.interleaved`).
+            fp8_vision: whether the vision tower's layers compute in FP8, where the language model's do.
             base: arguments of mcore's TransformerConfig that all parts share, as `base_config` gives.
         """
         assert architecture.vision is not None and architecture.language is not None
         assert architecture.image_token_id is not None
         kernels = resolve_backend(backend)
-        config = language_config(architecture.language, layers, **base)
+        config = language_config(architecture.language, layers, kernels, **base)
         super().__init__(config=config)
         self.model_type = ModelType.encoder_or_decoder  # mcore's schedules ask for it
         self.architecture, self.image_token_id = architecture, architecture.image_token_id
@@ -64,7 +69,8 @@ class LlavaModel(MegatronModule):
         self.post_process = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         if self.pre_process:
             tower = TOWERS[architecture.vision.model_subtype]
-            self.vision_model = tower(architecture.vision, vision_config(architecture.vision, **base), kernels)
+            vision = vision_config(architecture.vision, kernels, in_fp8=fp8_vision, **base)
+            self.vision_model = tower(architecture.vision, vision, kernels)
             self.vision_projection = build_projector(architecture, kernels, **base)
         self.language_model = LanguageModel(
             architecture.language,
@@ -75,6 +81,7 @@ class LlavaModel(MegatronModule):
             vp_stage=vp_stage,
         )
         self.share_embeddings_and_output_weights = architecture.language.share_embeddings_and_output_weights
+        self.register_load_state_dict_post_hook(lambda *_: forget_quantized(self))
 
     @property
     def chunks(self) -> list["LlavaModel"]:
@@ -86,6 +93,12 @@ class LlavaModel(MegatronModule):
         for name in modules:
             if hasattr(self, name):
                 getattr(self, name).requires_grad_(False)
+
+    def set_is_first_microbatch(self) -> None:
+        """Turn weights that a step may have changed into FP8 anew (mcore's schedules call it before each)."""
+        super().set_is_first_microbatch()
+        if self.config.fp8:
+            keep_quantized(self)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the output of the pipeline stage before this one (mcore's schedules call it)."""
@@ -102,6 +115,7 @@ class LlavaModel(MegatronModule):
         images: Tensor | None = None,
         *,
         image_sources: Tensor | None = None,
+        image_positions: Tensor | None = None,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -116,17 +130,19 @@ class LlavaModel(MegatronModule):
             images: uint8 [n, 3, h, w] in the order of their places, or None where there are none.
             image_sources: int64 [e], which of all images' features each place takes, -1 the newline; every
                 feature in order if None.
+            image_positions: int64 [e], the placeholders in the flattened [b * s]. If None they are looked for, and
+                the host waits for the device to have found them.
             labels, positions, attention_mask, inference_context: as `LanguageModel.forward`.
         Returns:
             As `LanguageModel.forward`.
         Raises:
             ValueError: placeholders and image embeddings differ in number.
         """
-        padding = -tokens.shape[1] % self.config.tensor_model_parallel_size if self.config.sequence_parallel else 0
+        padding = self._padding(tokens) if inference_context is None else 0
         if padding:
-            assert positions is not None and inference_context is None, "sequence parallelism is for training"
+            assert positions is not None and len(tokens) == 1, "what is padded are packed rows, for training"
         if packed_seq_params is not None:
-            packed_seq_params = pad_segments(packed_seq_params, padding)
+            packed_seq_params = pad_segments(packed_seq_params, padding * self.config.context_parallel_size)
         decoder_input = None
         if self.pre_process:
             is_image = tokens.eq(self.image_token_id)  # bool [b, s]
@@ -136,16 +152,24 @@ class LlavaModel(MegatronModule):
             )  # [s, b, h]
             embeddings = self.embedded(images, image_sources)
             if embeddings is not None:
-                decoder_input = splice(decoder_input, embeddings, is_image)
+                if image_positions is None:
+                    image_positions = is_image.flatten().nonzero().squeeze(-1)
+                decoder_input = splice(decoder_input, embeddings, image_positions)
             decoder_input = pad_rows(decoder_input, padding)
-        return self.language_model(
-            decoder_input,
-            labels=labels,
-            positions=positions,
-            attention_mask=attention_mask,
-            inference_context=inference_context,
-            packed_seq_params=packed_seq_params,
-        )
+        with nullcontext() if inference_context is None else in_high_precision(self.config):
+            return self.language_model(
+                decoder_input,
+                labels=labels,
+                positions=positions,
+                attention_mask=attention_mask,
+                inference_context=inference_context,
+                packed_seq_params=packed_seq_params,
+            )
+
+    def _padding(self, tokens: Tensor) -> int:
+        """Positions that a row [1, s] lacks for tensor ranks to share it, and for FP8."""
+        sharers = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return -tokens.shape[1] % (sharers * token_multiple(self.config))
 
     def embedded(self, images: Tensor | None, image_sources: Tensor | None) -> Tensor | None:
         """Embeddings [e, h] of images in the order of their places; arguments as `forward`.
@@ -179,12 +203,13 @@ def is_trained(module: torch.nn.Module) -> bool:
 
 
 def base_config(
-    parallel: ParallelConfig, dtype: torch.dtype = torch.float32, recompute: str = "none"
+    parallel: ParallelConfig, dtype: torch.dtype = torch.float32, recompute: str = "none", fp8: str = "none"
 ) -> dict[str, Any]:
     """Arguments of mcore's TransformerConfig that all parts of a model share.
 
     Args:
         recompute: a key of `RECOMPUTE`.
+        fp8: a key of `FP8`.
     """
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
@@ -199,7 +224,7 @@ def base_config(
         "use_cpu_initialization": not host.has_cuda(),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": False,  # see accumulate_in_place
         # The mean of a step is over all its tokens, however they fall to micro batches and ranks.
         "calculate_per_token_loss": True,
         # Micro batches are as long as their longest sample.
@@ -207,6 +232,7 @@ def base_config(
         # There are no experts, but mcore refuses the line above with its default dispatcher of them.
         "moe_token_dispatcher_type": "alltoall",
         **RECOMPUTE[recompute],
+        **FP8[fp8],
     }
 
 

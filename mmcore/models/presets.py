@@ -185,6 +185,8 @@ def resolve_architecture(model: ModelConfig) -> Architecture:
         ValueError: there is no checkpoint, it lacks a part, a preset does not exist, or a preset and
             the checkpoint contradict each other (both values are named).
     """
+    if not model.checkpoint and model.weights == "random":
+        return _from_presets(model)
     if not model.checkpoint:
         raise ValueError("no model: give --model.checkpoint, a folder that tools/converters/combine.py or a run wrote")
     found = load_architecture(newest(Path(model.checkpoint)))
@@ -202,6 +204,18 @@ def resolve_architecture(model: ModelConfig) -> Architecture:
         wanted = preset(PROJECTOR, model.projector, "projector")(found.language)
         check_same(found.vision_projection, wanted, "projector", model.checkpoint)
     return found
+
+
+def _from_presets(model: ModelConfig) -> Architecture:
+    if not (model.vision and model.language and model.projector):
+        raise ValueError(
+            "--model.weights random without --model.checkpoint: give --model.vision, --model.language and "
+            "--model.projector, presets of mmcore.models.presets, or take a recipe that does"
+        )
+    language = preset(LANGUAGE, model.language, "language")
+    return compose(
+        preset(VISION, model.vision, "vision"), language, preset(PROJECTOR, model.projector, "projector")(language)
+    )
 
 
 def check_same(found: Any, wanted: Any, part: str, where: str) -> None:

@@ -7,7 +7,8 @@ from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmcore.models.architecture import Architecture
-from mmcore.models.specs import ACTIVATIONS, Backend, mlp_submodules, whole
+from mmcore.models.kernels import Backend, activation
+from mmcore.models.specs import mlp_submodules, whole
 
 
 def build_projector(architecture: Architecture, backend: Backend, **base: Any) -> MultimodalProjector:
@@ -19,7 +20,7 @@ def build_projector(architecture: Architecture, backend: Backend, **base: Any) -
         hidden_size=language.hidden_size,
         ffn_hidden_size=arch.ffn_hidden_size or language.hidden_size,
         num_attention_heads=language.num_attention_heads,
-        activation_func=ACTIVATIONS[arch.activation],
+        activation_func=activation(arch.activation, backend),
         bias_activation_fusion=False,
         add_bias_linear=arch.add_bias_linear,
         **whole(base),

@@ -1,7 +1,8 @@
-"""Sequences of a length that tensor ranks can share, for sequence parallelism.
+"""Sequences of a length that tensor ranks can share, for sequence parallelism, and that FP8 takes.
 
 Between attention and MLP each tensor rank holds an equal part of the sequence. What is missing to a multiple of
-the ranks is a segment of its own at the end of the row: nothing attends to it, and nothing is trained on it.
+the ranks, or of 16 on each, is a segment of its own at the end of the row: nothing attends to it, and nothing is
+trained on it. Of one that context ranks share, each has its two chunks at the end of its part of the row.
 
 Source: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models", arXiv:2205.05198.
 """

@@ -1,15 +1,11 @@
-"""Which kernels a transformer layer is made of: Transformer Engine's on a GPU, local ones elsewhere.
+"""What a transformer layer is made of: Transformer Engine's modules on a GPU, local ones elsewhere.
 
 Checkpoints are interchangeable: the local layers store their norms under the names that
 Transformer Engine's fused layers have.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch.nn.functional as F
-from megatron.core.activations import quick_gelu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,46 +18,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
-from mmcore import host
 from mmcore.models.attention import CoreAttention
+from mmcore.models.fp8 import FP8
+from mmcore.models.kernels import Backend, swiglu, with_bias_inside
 from mmcore.models.recompute import RecomputableMLP
-
-Backend = Literal["local", "transformer_engine"]
-
-ACTIVATIONS: dict[str, Callable[..., Any]] = {
-    "quick_gelu": quick_gelu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-}
 
 # How the local layers' norms are stored, so that either backend loads the other's checkpoints.
 _STORED_NAMES = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-
-
-def resolve_backend(asked: str) -> Backend:
-    """What "auto" means on this machine.
-
-    Raises:
-        ValueError: Transformer Engine is asked for and is not there.
-    """
-    if asked == "local":
-        return "local"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:
-        found = False
-    else:
-        found = host.has_cuda()
-    if asked == "transformer_engine" and not found:
-        raise ValueError(
-            "--model.backend transformer_engine needs a GPU and the package transformer-engine "
-            "(pip install 'mmcore[gpu]'); --model.backend local runs anywhere"
-        )
-    return "transformer_engine" if found else "local"
 
 
 class LocalNorm:
@@ -101,7 +67,11 @@ def mlp_submodules(backend: Backend, *, fused_norm: bool) -> MLPSubmodules:
     from megatron.core.extensions import transformer_engine as te
 
     first = te.TELayerNormColumnParallelLinear if fused_norm else te.TEColumnParallelLinear
-    return MLPSubmodules(linear_fc1=first, linear_fc2=te.TERowParallelLinear)
+    return MLPSubmodules(
+        linear_fc1=with_bias_inside(first),
+        activation_func=swiglu,  # where `use_te_activation_func` is set
+        linear_fc2=with_bias_inside(te.TERowParallelLinear),
+    )
 
 
 def layer_spec(
@@ -120,7 +90,7 @@ def layer_spec(
         from megatron.core.extensions import transformer_engine as te
 
         linear_qkv, core_attention = te.TELayerNormColumnParallelLinear, te.TEDotProductAttention
-        linear_proj, layer_norm = te.TERowParallelLinear, IdentityOp
+        linear_proj, layer_norm = with_bias_inside(te.TERowParallelLinear), IdentityOp
     return ModuleSpec(
         module=layer,
         params=params,
@@ -158,7 +128,8 @@ def block_spec(
 def whole(base: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the config of a part that lives whole on the first stage: nothing that cuts the language model.
 
-    Its sequences, of one picture each, are not shared by tensor ranks either: they are short and of odd lengths.
+    Its sequences, of one picture each, are not shared by tensor ranks either: they are short and of odd lengths. Nor
+    does FP8 reach it by itself: the projector has too little to compute, and the tower has a choice of its own.
     """
     return {
         **base,
@@ -167,4 +138,5 @@ def whole(base: dict[str, Any]) -> dict[str, Any]:
         "pipeline_dtype": None,
         "context_parallel_size": 1,
         "sequence_parallel": False,
+        **FP8["none"],
     }

@@ -20,24 +20,25 @@ def arrange(features: Tensor, newline: Tensor | None, sources: Tensor) -> Tensor
     return rows[sources]
 
 
-def splice(text: Tensor, images: Tensor, is_image: Tensor) -> Tensor:
+def splice(text: Tensor, images: Tensor, positions: Tensor) -> Tensor:
     """Replace the placeholder positions of `text` by image embeddings, in order.
+
+    The positions are given, not looked for: how many there are the host would have to wait for.
 
     Args:
         text: [s, b, h], sequence-first as mcore embeds it.
         images: [e, h], in the order of their places in the batch.
-        is_image: bool [b, s].
+        positions: int64 [e], the placeholders in the flattened [b * s], in order.
     Returns:
         [s, b, h].
     Raises:
         ValueError: placeholder count != image embedding count; both in the message.
     """
-    places = int(is_image.sum())
-    if places != len(images):
+    if len(positions) != len(images):
         raise ValueError(
-            f"the batch has {places} image placeholders but {len(images)} image embeddings: it was not laid out for "
-            "this model's pictures"
+            f"the batch has {len(positions)} image placeholders but {len(images)} image embeddings: it was not laid "
+            "out for this model's pictures"
         )
     rows = text.transpose(0, 1)  # [b, s, h]
-    rows = rows.masked_scatter(is_image.unsqueeze(-1), images.to(rows.dtype))
-    return rows.transpose(0, 1).contiguous()  # [s, b, h]
+    spliced = rows.flatten(0, 1).index_copy(0, positions, images.to(rows.dtype))
+    return spliced.view_as(rows).transpose(0, 1).contiguous()  # [s, b, h]

@@ -1,8 +1,11 @@
 """The vision tower: mcore's `CLIPViTModel`, stopped at the layer whose features are wanted."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -10,8 +13,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from mmcore.models.architecture import VisionArch
+from mmcore.models.fp8 import FP8, token_multiple
+from mmcore.models.kernels import Backend, activation
 from mmcore.models.recompute import begin_graph
-from mmcore.models.specs import ACTIVATIONS, Backend, layer_spec, norm, whole
+from mmcore.models.specs import layer_spec, norm, whole
 
 
 class VisionLayer(TransformerLayer):
@@ -60,11 +65,19 @@ class VisionModel(CLIPViTModel):
         Returns:
             Features of `feature_layer` [n, i, h], the class token dropped if the architecture says so.
         """
+        number = len(images)
+        if blanks := -number % self.image_multiple:
+            images = F.pad(images, (0, 0) * 3 + (0, blanks))
         # Frozen, the tower needs no graph; mcore's block would otherwise start one at its input.
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
             embedded = begin_graph(self.embedded(images), self.config)
-            features = self.decoder(embedded, None).transpose(0, 1)  # [n, class token and patches, h]
+            features = self.decoder(embedded, None).transpose(0, 1)[:number]  # [n, class token and patches, h]
         return features[:, 1:] if self.arch.has_class_token and self.arch.drop_class_token else features
+
+    @property
+    def image_multiple(self) -> int:
+        """Blank images fill the others up to a multiple of this, for FP8."""
+        return token_multiple(self.config) // math.gcd(token_multiple(self.config), self.arch.num_positions)
 
     def embedded(self, images: Tensor) -> Tensor:
         """What the first layer sees, sequence first: [class token and patches, n, h]."""
@@ -82,12 +95,18 @@ class VisionModel(CLIPViTModel):
         dtype = self.conv1.weight.dtype
         if images.dtype != torch.uint8:
             return images.to(dtype)
-        mean = torch.tensor(self.arch.image_mean, device=images.device).view(3, 1, 1)
-        std = torch.tensor(self.arch.image_std, device=images.device).view(3, 1, 1)
+        mean, std = (_per_channel(values, images.device) for values in (self.arch.image_mean, self.arch.image_std))
         return ((images.float() / 255 - mean) / std).to(dtype)
 
 
-def vision_config(arch: VisionArch, **base: Any) -> TransformerConfig:
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """[3, 1, 1], filled on the device: numbers that are brought there make the host wait."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+
+
+def vision_config(
+    arch: VisionArch, backend: Backend = "local", *, in_fp8: bool = False, **base: Any
+) -> TransformerConfig:
     """mcore's configuration of the tower.
 
     It lives whole on the first pipeline stage: nothing of the language model's layer split may reach
@@ -99,7 +118,8 @@ def vision_config(arch: VisionArch, **base: Any) -> TransformerConfig:
         ffn_hidden_size=arch.ffn_hidden_size,
         num_attention_heads=arch.num_attention_heads,
         layernorm_epsilon=arch.layernorm_epsilon,
-        activation_func=ACTIVATIONS[arch.activation],
+        activation_func=activation(arch.activation, backend),
         bias_activation_fusion=False,
-        **whole(base),
+        # Frozen, it keeps no gradients and so no history of ranges, which delayed scaling would need.
+        **whole(base) | FP8["tensorwise" if in_fp8 else "none"],
     )

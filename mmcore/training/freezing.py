@@ -73,6 +73,22 @@ def check_stacks(names: Sequence[str], option: str, patterns: Sequence[str]) -> 
             )
 
 
+def check_biases(names: Sequence[str], option: str, patterns: Sequence[str]) -> None:
+    """Refuse to train the bias of a linear layer whose weight is frozen: kernels make no gradient of it then.
+
+    Raises:
+        ValueError: it says the bias.
+    """
+    frozen = {name for name in names if any(is_named(name, pattern) for pattern in patterns)}
+    for name in names:
+        layer, _, kind = name.rpartition(".")
+        if kind == "bias" and name not in frozen and f"{layer}.weight" in frozen and "linear" in layer:
+            raise ValueError(
+                f"{option} {' '.join(patterns)} freezes {layer}.weight and not its bias, which then gets no gradient: "
+                "name the layer to freeze both"
+            )
+
+
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     """Train all parameters but those that a pattern names; what the model itself never trains stays as it is."""
     for name, parameter in named_parameters(model):

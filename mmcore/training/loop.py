@@ -1,36 +1,37 @@
 """The training loop, top to bottom."""
 
+import json
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mmcore import checkpoint as ckpt
 from mmcore import distributed, host
 from mmcore.checkpoint_files import never_trained
 from mmcore.config import RunConfig
 from mmcore.constants import TOKENIZER_DIR
-from mmcore.data.batch import Batch
-from mmcore.data.loader import build_loader
-from mmcore.data.pictures import Pictures
-from mmcore.data.stream import Count
-from mmcore.data.tokenizer import load_tokenizer
 from mmcore.models.architecture import Architecture, newest
 from mmcore.models.interleaved import build_model
+from mmcore.models.kernels import accumulate_in_place, check_kernels
 from mmcore.models.llava import base_config
 from mmcore.models.pipeline import plan_layers, stage_layers
+from mmcore.training.batches import Batches
 from mmcore.training.memory import training_bytes
 from mmcore.training.metrics import Metrics, Validation
 from mmcore.training.optimizer import gather_parameters
 from mmcore.training.policy import BadSteps
+from mmcore.training.prefetch import Prefetch
 from mmcore.training.scoring import Scoring, best_steps
+from mmcore.training.speed import Speed
 from mmcore.training.stages import Training, stages
 from mmcore.training.starts import trainable_sizes, write_start
 from mmcore.training.step import forward_backward, train_step
+from mmcore.training.timing import ModuleTimes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,18 +43,20 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         config: checked; the world size fits its layout.
         architecture: what `config.model` stands for.
     Raises:
-        ValueError: checkpoint, tokenizer, data or state do not fit the run.
+        ValueError: checkpoint, tokenizer, data, state or this machine do not fit the run.
         BadStepError: a step was bad, and the run is not to go on.
         SaveError: a checkpoint could not be written.
     """
     run = Path(config.checkpoint.save)
+    check_kernels(config.model)
     distributed.initialize(config.parallel, config.train.seed)
     architecture = replace(architecture, conversation=config.data.conversation or architecture.conversation)
     dtype = DTYPES[config.train.precision]
     frozen = set.intersection(*(set(stage.freeze) for stage in stages(config)))
     layers = plan_layers(architecture, config.parallel, frozen)
-    base = base_config(config.parallel, dtype, config.model.recompute)
-    model = build_model(architecture, config.model.backend, layers, **base)
+    base = base_config(config.parallel, dtype, config.model.recompute, config.model.fp8)
+    model = build_model(architecture, config.model.backend, layers, fp8_vision=config.model.fp8_vision, **base)
+    accumulate_in_place(model)
     model.to(host.device(), dtype)  # mcore builds the patch and position embeddings on the CPU, in fp32
     sizes = trainable_sizes(model)
     training = Training(config, model)
@@ -61,20 +64,25 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     resumed, passed_over = ckpt.newest_whole(run)
     if distributed.is_main():
         print(*passed_over, sep="\n", end="\n" if passed_over else "", file=sys.stderr, flush=True)
-    source = resumed or newest(Path(config.model.checkpoint))
+    source = resumed or (newest(Path(config.model.checkpoint)) if config.model.checkpoint else None)
     if resumed:
         state = training.resume(resumed, is_verified=True)
     else:
-        training.start(source)
+        training.start(source if config.model.weights == "checkpoint" else None)
         state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
     bad_steps = BadSteps(config.train, state.get("grad_norms", ()))
-    batches = Batches(config, architecture, source, resumed=bool(resumed))
+    batches = Prefetch(Batches(config, architecture, source, resumed=bool(resumed)))
     if config.train.val_interval:  # what its data lacks is said now, not after hours
         Batches(config, architecture, source, split="val").close()
-    metrics = Metrics(config, state["step"]) if distributed.is_main() else None
+    metrics = speed = times = None
+    if distributed.is_main():
+        speed = Speed(config, architecture, dist.get_world_size(), sizes)
+        metrics = Metrics(config, state["step"], speed)
+        times = ModuleTimes(model) if config.logging.module_times else None
     if metrics:
         write_start(metrics.first_step, config, architecture, sizes)
-        metrics.say(f"{'going on from' if resumed else 'starting from'} {source}")
+        begun = source if config.model.weights == "checkpoint" else "random weights"
+        metrics.say(f"going on from {source}" if resumed else f"starting from {begun}")
         needed = training_bytes(
             architecture,
             never_trained(stage.freeze for stage in stages(config)),
@@ -83,11 +91,12 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             layers=stage_layers(layers, config.parallel.pipeline_model_parallel_size),
             precision=config.train.precision,
             states=config.optimizer.states,
+            fp8=config.model.fp8_parts,
         )
         metrics.say(f"memory of a rank before activations: {max(needed, key=lambda one: one.total)}")
 
     step = int(state["step"])
-    scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task else None
+    scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task and source else None
     if scoring and resumed:
         scoring.catch_up(step, training.ddp)
     saving: ckpt.Saving | None = None
@@ -98,15 +107,24 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         lr = training.scheduler.get_lr({})  # of what has no rate of its own
         # All of a step's batches are dealt out first: under pipeline parallelism a stage that waits for
         # the one before it cannot take part in handing out a batch.
-        rows = config.train.batch_size(step + 1)
-        num_microbatches = config.train.num_microbatches(distributed.data_parallel_size(), rows)
-        dealt = [next(batches) for _ in range(num_microbatches)]
-        result = train_step(training.ddp, training.optimizer, training.scheduler, dealt, bad_steps.fault)
+        count = partial(config.train.num_microbatches, distributed.data_parallel_size())
+        dealt = [next(batches) for _ in range(count(config.train.batch_size(step + 1)))]
+        is_last = step + 1 == config.train.steps
+        read_ahead = partial(batches.read_ahead, 0 if is_last else count(config.train.batch_size(step + 2)))
+        result = train_step(
+            training.ddp,
+            training.optimizer,
+            training.scheduler,
+            dealt,
+            bad_steps.fault,
+            read_ahead,
+            times.mark if times else None,
+        )
         step += 1
         state["consumed_samples"] += result.total.num_samples
         state["consumed_tokens"] += result.total.num_tokens
         if metrics:
-            metrics.report(step, result, lr, batches)
+            metrics.report(step, result, lr, batches, times.seconds() if times else None)
         if result.fault:
             if saving:
                 resumed = source = saving.finish()
@@ -131,8 +149,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             scoring.tell()
             if scoring.is_due(step):
                 scoring.evaluate(step, training.ddp)
-        is_last = step == config.train.steps
-        if step % config.checkpoint.save_interval == 0 or is_last:
+        interval = config.checkpoint.save_interval
+        if interval and (step % interval == 0 or is_last):
+            assert source is not None  # there is a tokenizer; see RunConfig.check
             if saving:
                 resumed = source = saving.finish()
                 bad_steps.saved()
@@ -159,10 +178,12 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         scoring.finish()
     if metrics:
         metrics.close()
+    if speed and speed.rows:
+        print(json.dumps(speed.summary()))
     distributed.shutdown()
 
 
-def validation_loss(model: Any, config: RunConfig, architecture: Architecture, source: Path) -> Validation:
+def validation_loss(model: Any, config: RunConfig, architecture: Architecture, source: Path | None) -> Validation:
     """Loss on the val split: always of the same samples, rows and batches."""
     batches = Batches(config, architecture, source, split="val")
     num_microbatches = config.train.num_microbatches(distributed.data_parallel_size())
@@ -172,57 +193,3 @@ def validation_loss(model: Any, config: RunConfig, architecture: Architecture, s
     model.train()
     batches.close()
     return total, dict(zip(batches.sources, shares, strict=False))
-
-
-class Batches(Iterator[Batch]):
-    """Micro batches of this rank's replica: its data source reads them, the others receive them."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        architecture: Architecture,
-        source: Path,
-        *,
-        resumed: bool = False,
-        split: str = "train",
-    ) -> None:
-        self.loader: Any = None
-        self.waited = 0.0
-        if not distributed.is_data_source():
-            return
-        self.loader = build_loader(
-            config.data if split == "train" else replace(config.data, shuffle_buffer_size=0),
-            tokenizer=load_tokenizer(source / TOKENIZER_DIR),
-            conversation=architecture.conversation,
-            pictures=Pictures(**architecture.picture_options()),
-            micro_batch_size=config.train.micro_batch_size,
-            data_parallel_rank=distributed.data_parallel_rank(),
-            data_parallel_size=distributed.data_parallel_size(),
-            seed=config.train.seed,
-            states=ckpt.loader_states(source) if resumed else (),
-            split=split,
-            loss_weighting=config.train.loss_weighting,
-        )
-        self.iterator = iter(self.loader)
-
-    def __next__(self) -> Batch:
-        started = time.monotonic()
-        batch = next(self.iterator) if self.loader else None
-        self.waited += time.monotonic() - started
-        return distributed.broadcast_in_replica(batch, first_stage_only=("images",))
-
-    def counts(self) -> dict[str, Count]:
-        """Of each source, what this rank's loader has read so far."""
-        return self.loader.counts() if self.loader else {}
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Names, where data is read."""
-        return self.loader.sources if self.loader else ()
-
-    def close(self) -> None:
-        if self.loader:
-            self.loader.close()
-
-    def state(self) -> bytes | None:
-        return self.loader.state_dict() if self.loader else None

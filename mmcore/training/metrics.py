@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from mmcore.config import RunConfig
 from mmcore.data.stream import Count
 from mmcore.evaluation.scores import Scores
 from mmcore.training.loss import Share
+from mmcore.training.speed import Speed
 from mmcore.training.step import StepResult
 from mmcore.training.writers import build_writers
 
@@ -39,13 +39,14 @@ Validation = tuple[Share, dict[str, Share]]
 class Metrics:
     """Reports the steps of a run; on all ranks but the main one it is not made."""
 
-    def __init__(self, config: RunConfig, first_step: int) -> None:
+    def __init__(self, config: RunConfig, first_step: int, speed: Speed | None = None) -> None:
         """Open the log.
 
         Args:
+            speed: counts what steps do, where that is to be told.
             first_step: steps that are done already; later lines of an interrupted run are cut off.
         """
-        self.config, self.first_step = config, first_step
+        self.config, self.first_step, self.speed = config, first_step, speed
         self.log = Path(config.checkpoint.save) / "log.jsonl"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.validation_log, self.scores_log = self.log.with_name(VALIDATION_LOG), self.log.with_name(SCORES_LOG)
@@ -70,12 +71,20 @@ class Metrics:
         self.task = self.bar.add_task("training", total=config.train.steps, completed=first_step)
         self.bar.start()
 
-    def report(self, step: int, result: StepResult, lr: float, batches: Source) -> None:
+    def report(
+        self,
+        step: int,
+        result: StepResult,
+        lr: float,
+        batches: Source,
+        module_seconds: Mapping[str, float] | None = None,
+    ) -> None:
         """Tell one step.
 
         Args:
             step: the step just done, from 1.
             batches: where this rank's come from.
+            module_seconds: where its time went, if that was watched.
         """
         counts = batches.counts()
         now = time.monotonic()
@@ -87,7 +96,7 @@ class Metrics:
         waited, self.waited = batches.waited - self.waited, batches.waited
         row: dict[str, Any] = {
             "step": step,
-            **asdict(total),
+            **total.row(),
             "grad_norm": result.grad_norm,
             "lr": lr,
             "seconds": round(seconds, 4),
@@ -100,9 +109,12 @@ class Metrics:
             "skipped": skipped,
             "cut": cut,
         }
+        if self.speed:
+            row |= self.speed.report(step, total.work, seconds, waited, total.num_samples)
+        row |= {f"seconds/{name}": round(part, 5) for name, part in (module_seconds or {}).items()}
         if len(counts) > 1:
             row["sources"] = {
-                name: {**asdict(share), "skipped": count.skipped, "cut": count.cut}
+                name: {**share.row(), "skipped": count.skipped, "cut": count.cut}
                 for (name, count), share in zip(counts.items(), result.sources, strict=True)
             }
         if result.fault or self.rewound:
@@ -134,9 +146,9 @@ class Metrics:
     def report_validation(self, step: int, total: Share, sources: Mapping[str, Share]) -> None:
         """Tell the loss on the val split after a step."""
         self.leave_out()
-        row: dict[str, Any] = {"step": step, **asdict(total)}
+        row: dict[str, Any] = {"step": step, **total.row()}
         if len(sources) > 1:
-            row["sources"] = {name: asdict(share) for name, share in sources.items()}
+            row["sources"] = {name: share.row() for name, share in sources.items()}
         with self.validation_log.open("a") as file:
             file.write(json.dumps(row) + "\n")
         losses = {f"validation_loss/{name}": share.loss for name, share in sources.items()}

@@ -9,6 +9,7 @@ from mmcore import checkpoint as ckpt
 from mmcore.config import RunConfig, StageConfig
 from mmcore.models.llava import LlavaModel
 from mmcore.training.freezing import (
+    check_biases,
     check_names,
     check_stacks,
     freeze,
@@ -54,10 +55,14 @@ class Training:
             option = "train.stages: freeze" if config.train.stages else "--model.freeze"
             check_names(names, option, stage.freeze)
             check_stacks(names, option, stage.freeze)
+            check_biases(names, option, stage.freeze)
 
-    def start(self, folder: Path) -> None:
-        """Begin with a checkpoint's weights alone."""
+    def start(self, folder: Path | None) -> None:
+        """Begin with a checkpoint's weights alone, or with those that the model was built with."""
         self._enter(0)
+        if folder is None:
+            self._schedule(0)
+            return
         ckpt.load_checkpoint(folder, self.ddp)
         self.optimizer.reload_model_params()  # the masters were copied from the weights before they were loaded
         self._schedule(0)

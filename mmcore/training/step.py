@@ -1,21 +1,25 @@
 """One optimizer step over the micro batches of every replica and stage."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32, l2_norm_impl, multi_tensor_applier
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from mmcore import host
 from mmcore.config import TrainConfig
 from mmcore.data.batch import Batch
 from mmcore.data.context import context_part
-from mmcore.training.loss import Share, mean_by_weight, step_shares, token_loss
+from mmcore.training.loss import Share, mean_by_weight, step_shares, step_sums, token_loss
 from mmcore.training.policy import BadSteps
 
 
@@ -45,11 +49,13 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         part.tokens,
         part.images,
         image_sources=part.image_sources,
+        image_positions=part.image_positions,
         labels=part.labels,
         positions=part.loss_positions,
         packed_seq_params=packed_seq_params(part),
     )
-    return output, partial(token_loss, batch)
+    window = model.config.window_size
+    return output, partial(token_loss, batch, window=None if window is None else window[0] + 1)
 
 
 def packed_seq_params(batch: Batch) -> PackedSeqParams:
@@ -71,9 +77,27 @@ def forward_backward(
     Returns:
         What they came to over all replicas: in all, and of each source of the data.
     """
+    sums = _forward_backward(model, batches, forward_only=forward_only)
+    return step_shares(sums.tolist())
+
+
+def _forward_backward(
+    model: DistributedDataParallel,
+    batches: Sequence[Batch],
+    *,
+    forward_only: bool = False,
+    mark: Callable[[str], None] | None = None,
+) -> Tensor:
+    """The same, as `step_sums` gives it."""
     if not forward_only:
         reduce = mean_by_weight(batches)
-        model.config.finalize_model_grads_func = lambda chunks, weights, **groups: reduce([model], weights, **groups)
+
+        def finalize(chunks: Any, weights: Tensor, **groups: Any) -> None:
+            (mark or _nothing)("communication")
+            reduce([model], weights, **groups)
+            (mark or _nothing)("rest")
+
+        model.config.finalize_model_grads_func = finalize
     chunks = list(model.module.chunks)
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -85,7 +109,27 @@ def forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return step_shares(sums, batches[0].num_sources)
+    return step_sums(sums, batches[0].num_sources)
+
+
+def _nothing(name: str) -> None:
+    """Nobody watches the time."""
+
+
+def squared_norm(optimizer: Any) -> Tensor:
+    """Of the gradients of all ranks: float32 [1].
+
+    mcore's own sums and kernels, but for its last line, which reads the number.
+    Source: get_grad_norm_fp32 in megatron/core/optimizer/clip_grads.py at 0.16.1.
+    """
+    gradients = [part for one in optimizer.chained_optimizers for part in one.get_main_grads_for_grad_norm()]
+    norm = torch.zeros(1, device=host.device())
+    if gradients:
+        overflow = torch.zeros(1, dtype=torch.int, device=host.device())
+        norm, _ = multi_tensor_applier(l2_norm_impl, overflow, [gradients], False)  # not one for each of them
+    squared = norm**2
+    dist.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
+    return squared
 
 
 def train_step(
@@ -94,19 +138,36 @@ def train_step(
     scheduler: Any,
     batches: Sequence[Batch],
     judge: Callable[[float, float], str] | None = None,
+    meanwhile: Callable[[], object] | None = None,
+    mark: Callable[[str], None] | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, update.
+
+    On a GPU the host runs ahead of it and waits for it once: between the backward pass and the update it reads what
+    the step came to, all numbers in one. The judge needs them before any weight changes, and the clip takes the norm.
 
     Args:
         batches: of this replica; on every rank of it the same ones.
         judge: says what is wrong with the loss and the gradient's norm, "" for nothing, before any weight
             changes; alike on all ranks. By default what `BadSteps` says to a run that accepts all that is finite.
+        meanwhile: what the host does before it waits, such as reading the next step's batches.
+        mark: told what begins, as `mmcore.training.timing.ModuleTimes.mark`.
     """
+    mark = mark or _nothing
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    total, sources = forward_backward(model, batches)
+    sums = _forward_backward(model, batches, mark=mark)  # float64 [num_sources, 7]
+    mark("optimizer")
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
+    numbers = torch.cat([sums.flatten(), squared_norm(optimizer).double()])
+    if meanwhile:
+        mark("data")
+        meanwhile()
+        mark("optimizer")
+    *values, squared = numbers.tolist()  # the host waits here, and nowhere else
+    width = sums.shape[1]
+    total, sources = step_shares([values[start : start + width] for start in range(0, len(values), width)])
+    grad_norm = math.sqrt(squared)
     fault = (judge or BadSteps(TrainConfig()).fault)(total.loss, grad_norm)
     if not fault:
         if optimizer.config.clip_grad > 0 and not optimizer.is_stub_optimizer:
@@ -114,4 +175,5 @@ def train_step(
             clip_grad_by_total_norm_fp32(optimizer.get_parameters(), optimizer.config.clip_grad, grad_norm, is_lean)
         optimizer.step_with_ready_grads()
     scheduler.step(increment=1)
+    mark("rest")
     return StepResult(total=total, sources=sources, grad_norm=grad_norm, fault=fault)

@@ -40,8 +40,7 @@ def test_the_same_on_any_number_of_replicas() -> None:
 def test_it_goes_on_where_it_was_saved() -> None:
     first = loader()
     list(islice(first, 3))
-    second = loader()
-    second.load_state_dict([first.state_dict()])
+    second = loader(states=[first.state_dict()])
     assert torch.equal(next(iter(first)).tokens, next(iter(second)).tokens)
     assert second.counts()["synthetic"].samples == first.counts()["synthetic"].samples
 

@@ -182,10 +182,11 @@ def test_text_only_batches_and_layers_above_the_feature_layer() -> None:
 def test_splice_names_both_counts() -> None:
     text, is_image = torch.zeros(6, 1, 2), torch.tensor([[False, True, True, False, True, False]])
     images = torch.arange(1.0, 7.0).view(3, 2)
-    spliced = splice(text, images, is_image)
+    positions = is_image.flatten().nonzero().squeeze(-1)
+    spliced = splice(text, images, positions)
     assert spliced[:, 0].tolist() == [[0, 0], [1, 2], [3, 4], [0, 0], [5, 6], [0, 0]]
     with pytest.raises(ValueError, match="3 image placeholders but 4 image embeddings"):
-        splice(text, torch.zeros(4, 2), is_image)
+        splice(text, torch.zeros(4, 2), positions)
 
 
 def overfit() -> list[float]:

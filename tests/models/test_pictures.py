@@ -14,7 +14,7 @@ from mmcore.data.batch import Batch, EncodedSample, collate
 from mmcore.data.tiling import anyres_layout
 from mmcore.models.architecture import PictureArch
 from mmcore.models.splice import arrange
-from mmcore.training.loss import step_shares
+from mmcore.training.loss import step_shares, step_sums
 from mmcore.training.step import forward_step
 from tests import ranks, tiny
 
@@ -114,7 +114,7 @@ def step(parallel: ParallelConfig, kind: str, freeze: tuple[str, ...], overlap: 
             seq_length=1,
             micro_batch_size=1,
         )
-    total, _ = step_shares(sums, 1)
+    total, _ = step_shares(step_sums(sums, 1).tolist())
     parts = [(name, getattr(parameter, "main_grad", None)) for name, parameter in model.named_parameters()]
     vision = {name: grad.norm().item() for name, grad in parts if grad is not None and name.startswith("vision")}
     return {"loss": total.loss, "vision": vision}

@@ -24,7 +24,7 @@ from mmcore.config import (
 from mmcore.config_yaml import merge
 from mmcore.data.batch import Batch
 from mmcore.data.task_encoder import loss_weights
-from mmcore.training import loop, metrics
+from mmcore.training import batches, metrics
 from mmcore.training.loss import Share
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import StepResult, packed_seq_params, train_step
@@ -213,13 +213,13 @@ def test_a_ledger_of_any_number_of_batches(tmp_path: Path) -> None:
 
 def test_the_loader_is_told_the_weighting(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
-    monkeypatch.setattr(loop, "build_loader", lambda *_, **given: told.append(given["loss_weighting"]) or [])
-    monkeypatch.setattr(loop, "load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(batches, "build_loader", lambda *_, **given: told.append(given["loss_weighting"]) or [])
+    monkeypatch.setattr(batches, "load_tokenizer", lambda *_: None)
     for name, value in (("is_data_source", True), ("data_parallel_rank", 0), ("data_parallel_size", 1)):
-        monkeypatch.setattr(loop.distributed, name, lambda value=value: value)
+        monkeypatch.setattr(batches.distributed, name, lambda value=value: value)
     config = RunConfig(train=TrainConfig(loss_weighting="sqrt_turn"))
     for split in ("train", "val"):
-        loop.Batches(config, tiny.architecture(), Path(), split=split)
+        batches.Batches(config, tiny.architecture(), Path(), split=split)
     assert told == ["sqrt_turn", "sqrt_turn"]
 
 

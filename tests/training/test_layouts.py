@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mmcore import distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.training import freezing, optimizer
-from mmcore.training.loss import step_shares
+from mmcore.training.loss import step_shares, step_sums
 from mmcore.training.optimizer import build_optimizer, build_scheduler, gather_parameters, wrap
 from mmcore.training.step import forward_step, train_step
 from tests import ranks, tiny
@@ -84,7 +84,7 @@ def gradients(
         seq_length=1,
         micro_batch_size=1,
     )
-    total, _ = step_shares(sums, 1)
+    total, _ = step_shares(step_sums(sums, 1).tolist())
     found = {}
     for name, parameter in tiny.global_parameters(model):
         gradient = getattr(parameter, "main_grad", None)

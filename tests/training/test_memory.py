@@ -130,3 +130,14 @@ def test_a_7b_model_is_tuned_on_one_gpu() -> None:
     assert str(lean) == "76.2 GB (weights 15.2, gradients 15.2, optimizer 45.7)"
     assert GPU - lean.total > 40e9 > GPU - full.total
     assert dealt.total == pytest.approx(full.weights + full.gradients + (full.masters + full.moments) / 4, rel=1e-6)
+
+
+def test_fp8_keeps_two_copies_of_the_layers_weights() -> None:
+    arch = compose(VISION["clip_vit_l_14_336"], LANGUAGE["mistral_7b_v03"], ProjectorArch(ffn_hidden_size=14336))
+    options = {"data_parallel_size": 1, "layers": [32], "precision": "bf16", "states": "lean"}
+    (plain,), (both,) = (
+        training_bytes(arch, (), ParallelConfig(), fp8=parts, **options)
+        for parts in ((), ("language_model", "vision_model"))
+    )
+    layers = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096)
+    assert both.total - plain.total == 2 * layers + 2 * 303_507_456  # of the tower all

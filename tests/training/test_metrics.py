@@ -11,6 +11,7 @@ import torch
 from mmcore.config import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, TrainConfig
 from mmcore.data.batch import EncodedSample, collate
 from mmcore.data.stream import Count
+from mmcore.models.flops import causal_pairs
 from mmcore.training.loss import Share, token_loss
 from mmcore.training.metrics import Metrics
 from mmcore.training.step import StepResult
@@ -19,9 +20,9 @@ from mmcore.training.writers import check_writers
 
 def sample(source: int, mask: list[float]) -> EncodedSample:
     tokens = torch.arange(len(mask))
-    empty = torch.empty(0, 3, 2, 2, dtype=torch.uint8)
+    images = torch.empty(source, 3, 2, 2, dtype=torch.uint8)
     return EncodedSample(
-        key="", source=source, tokens=tokens, labels=tokens, loss_mask=torch.tensor(mask), images=empty
+        key="", source=source, tokens=tokens, labels=tokens, loss_mask=torch.tensor(mask), images=images
     )
 
 
@@ -30,11 +31,15 @@ def test_losses_are_kept_by_source() -> None:
     losses = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
     total, count, sums = token_loss(collate(samples, num_sources=3), losses)
     assert (float(total), int(count)) == (11.0, 4)
-    assert sums.tolist() == [[4, 1, 1, 1, 2], [0, 0, 0, 0, 0], [1 + 2 + 0.5 * 8, 2.5, 3, 2, 7]]
+    assert sums.tolist() == [[4, 1, 1, 1, 2, 0, 2], [0] * 7, [1 + 2 + 0.5 * 8, 2.5, 3, 2, 7, 4, (9 + 16) / 2]]
     total.backward()
     assert losses.grad is not None and losses.grad.tolist() == [1, 1, 1, 0.5]
-    assert Share.from_sums(*sums[2].tolist()) == Share(loss=7 / 2.5, num_tokens=3, num_samples=2, num_positions=7)
+    assert Share.from_sums(*sums[2].tolist()) == Share(
+        loss=7 / 2.5, num_tokens=3, num_samples=2, num_positions=7, num_images=4, num_pairs=12.5
+    )
     assert Share.from_sums(*sums[1].tolist()).loss == 0
+    windowed = token_loss(collate(samples, num_sources=3), losses, window=3)[2]
+    assert windowed[:, 6].tolist() == [causal_pairs(2, 3), 0, causal_pairs(3, 3) + causal_pairs(4, 3)]
 
 
 class Batches:
@@ -79,7 +84,7 @@ def test_what_a_step_leaves(config: RunConfig, tmp_path: Path, capfd: pytest.Cap
     assert (first["skipped"], first["cut"]) == (1, 2) and 0 <= second["data_wait"] < 1
     assert 0.05 < first["memory_gib"] < 1000 and first["tokens_per_s"] > first["trained_tokens_per_s"] > 0
     assert first["sources"]["chats"] == {
-        "loss": 4.0, "num_tokens": 10, "num_samples": 2, "num_positions": 180, "skipped": 0, "cut": 2
+        "loss": 4.0, "num_tokens": 10, "num_samples": 2, "num_positions": 180, "num_images": 0, "skipped": 0, "cut": 2
     }  # fmt: skip
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     assert [event.value for event in board.Scalars("loss/captions")] == [2.0, 2.0]

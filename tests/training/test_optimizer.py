@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmcore.config import ModelConfig, OptimizerConfig, ParallelConfig
-from mmcore.training.freezing import check_names, check_stacks, named_parameters
+from mmcore.training.freezing import check_biases, check_names, check_stacks, named_parameters
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from tests import ranks, tiny
 
@@ -102,3 +102,11 @@ def test_names_that_are_none() -> None:
     check_stacks(names, "", [r"language_model\.layers\.\d+", "vision_model"])
     with pytest.raises(ValueError, match=r"freezes language_model.layers.\*.bias in some layers alone"):
         check_stacks(names, "--model.freeze", [r"language_model\.layers\.1"])
+
+
+def test_a_bias_is_not_trained_above_a_frozen_weight() -> None:
+    names = [f"vision_model.decoder.layers.0.{name}" for name in ("linear_qkv.weight", "linear_qkv.bias", "norm.bias")]
+    check_biases(names, "", [r".*\.linear_qkv"])
+    check_biases(names, "", [r".*norm\..*"])
+    with pytest.raises(ValueError, match=r"freezes vision_model.decoder.layers.0.linear_qkv.weight and not its bias"):
+        check_biases(names, "--model.freeze", [r".*linear_qkv\.weight"])

@@ -48,8 +48,8 @@ class Batches(Iterator[Batch]):
         return b""
 
 
-def spoiled_loss(batch: Batch, losses: torch.Tensor) -> Any:
-    return token_loss(batch, losses * float(batch.keys[0]))
+def spoiled_loss(batch: Batch, losses: torch.Tensor, **window: Any) -> Any:
+    return token_loss(batch, losses * float(batch.keys[0]), **window)
 
 
 def run(root: Path, name: str, *, bad: dict[int, float], left_out: tuple[int, ...] = (), **options: Any) -> list[Any]:

@@ -1,0 +1,198 @@
+"""Which kernels compute a model, by what the host has: the one place that decides.
+
+| work | Transformer Engine | a GPU without it | CPU |
+|---|---|---|---|
+| linear layers, attention, norms | its own; a norm is part of the layer after it | local, over torch | local |
+| their biases | in the matrix product (of tensor ranks' shared outputs after it) | by themselves | by themselves |
+| SwiGLU | its kernel | mcore's, compiled by torch | torch |
+| quick_gelu, gelu_tanh | its kernels | torch | torch |
+| gelu | torch: its kernel is the tanh approximation, and so is mcore's fused one | torch | torch |
+| rotary embeddings | its kernel, which never asks the GPU for the segments' lengths | mcore's | mcore's |
+| weight gradients | added to DDP's buffers by the matrix product (`accumulate_in_place`) | apart | apart |
+
+Alike everywhere: the residual is one addition, since neither dropout nor a bias is left for mcore's fused one; and
+mcore's own cross entropy, for Transformer Engine's fused one makes the host wait for the GPU, and mcore's fused one is
+compiled anew for each number of positions. In chunks (`mmcore.models.chunks`) it takes less than a hundredth of a step.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import quick_gelu
+from torch import Tensor, nn
+
+from mmcore import host
+from mmcore.config import ModelConfig
+
+Backend = Literal["local", "transformer_engine"]
+
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+
+# Compute capability of the first GPUs with matrix products in FP8: L40S, RTX 4090 (Ada); Hopper is 9.0.
+FP8_CAPABILITY = (8, 9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a host has."""
+
+    capability: tuple[int, int] | None = None
+    """Of its GPU; None where there is none."""
+    has_transformer_engine: bool = False
+
+    @classmethod
+    def here(cls) -> "Found":
+        return cls(
+            capability=host.compute_capability(),
+            has_transformer_engine=host.has_cuda() and _has_transformer_engine(),
+        )
+
+
+def _has_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def resolve_backend(asked: str, found: Found | None = None) -> Backend:
+    """What "auto" means on a host.
+
+    Args:
+        found: by default what this machine has.
+    Raises:
+        ValueError: Transformer Engine is asked for and is not there.
+    """
+    if asked == "local":
+        return "local"
+    found = found or Found.here()
+    fits = found.has_transformer_engine and found.capability is not None
+    if asked == "transformer_engine" and not fits:
+        raise ValueError(
+            "--model.backend transformer_engine needs a GPU and the package transformer-engine "
+            "(pip install 'mmcore[gpu]'); --model.backend local runs anywhere"
+        )
+    return "transformer_engine" if fits else "local"
+
+
+def check_kernels(config: ModelConfig, found: Found | None = None) -> None:
+    """Refuse kernels that a host does not have, before it is spoken to by others.
+
+    Args:
+        found: by default what this machine has.
+    Raises:
+        ValueError: what is missing, and the mend.
+    """
+    found = found or Found.here()
+    backend = resolve_backend(config.backend, found)
+    if config.fp8 == "none":
+        return
+    if backend == "local" or found.capability is None or found.capability < FP8_CAPABILITY:
+        gpu = "no GPU" if found.capability is None else "a GPU of {}.{}".format(*found.capability)
+        raise ValueError(
+            f"--model.fp8 {config.fp8} needs Transformer Engine and a GPU of compute capability 8.9 or later, such as "
+            f"an L40S or H100; here are the {backend} backend and {gpu}. Leave it out, or give none"
+        )
+
+
+def language_fusions(backend: Backend, *, has_cuda: bool) -> dict[str, Any]:
+    """Arguments of mcore's TransformerConfig for layers with SwiGLU and rotary embeddings.
+
+    With `use_te_activation_func` mcore calls what `mmcore.models.specs.mlp_submodules` gives it.
+    """
+    has_engine = backend == "transformer_engine"
+    return {
+        "use_te_activation_func": has_engine,
+        # It is compiled as it is imported; on a CPU torch's own silu is faster.
+        "bias_activation_fusion": has_cuda and not has_engine,
+        "apply_rope_fusion": has_engine,
+    }
+
+
+def activation(name: str, backend: Backend) -> Callable[..., Any]:
+    """Of the towers, whose MLPs have no gate: a key of `ACTIVATIONS`, by the fastest kernel that computes just that."""
+    if backend == "local" or name not in ("quick_gelu", "gelu_tanh"):
+        return ACTIVATIONS[name]
+    return _engine_quick_gelu if name == "quick_gelu" else _engine_gelu_tanh
+
+
+def swiglu(projected: Tensor) -> Tensor:
+    """silu(gate) * up by Transformer Engine's kernel: [..., 2 f], the gate first -> [..., f]."""
+    output: Tensor = _EngineActivation.apply(projected, "swiglu")
+    return output
+
+
+def _engine_quick_gelu(hidden: Tensor) -> Tensor:
+    output: Tensor = _EngineActivation.apply(hidden, "qgelu")
+    return output
+
+
+def _engine_gelu_tanh(hidden: Tensor) -> Tensor:
+    output: Tensor = _EngineActivation.apply(hidden, "gelu")
+    return output
+
+
+@functools.cache
+def _engine() -> Any:
+    """Transformer Engine's kernels themselves; its package has to be imported before."""
+    return importlib.import_module("transformer_engine_torch")
+
+
+class _EngineActivation(torch.autograd.Function):
+    """One of Transformer Engine's kernels and the one of its gradient.
+
+    Its module for the same (`transformer_engine.pytorch.ops`) looks for operations to fuse with at every call, which
+    costs the host more than the kernel costs the GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, name: str) -> Tensor:
+        hidden = hidden.contiguous()
+        ctx.save_for_backward(hidden)
+        ctx.name = name
+        output: Tensor = getattr(_engine(), name)(hidden, None)  # None: not quantized
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (hidden,) = ctx.saved_tensors
+        return getattr(_engine(), f"d{ctx.name}")(gradients[0].contiguous(), hidden, None), None
+
+
+def with_bias_inside(linear: Any) -> Any:
+    """A linear layer of mcore's for Transformer Engine that adds its bias itself, where it can in the matrix product.
+
+    mcore asks such layers to hand their bias on, to be added by a kernel of its own.
+    """
+
+    class WithBias(linear):
+        gemm_bias_unfused_add: bool
+
+        def __init__(self, *args: Any, skip_bias_add: bool, **kwargs: Any) -> None:
+            super().__init__(*args, skip_bias_add=False, **kwargs)
+            # Of a layer whose inputs tensor ranks share, the engine adds it after their sum. One rank has the sum.
+            self.gemm_bias_unfused_add = self.gemm_bias_unfused_add and self.tp_size > 1
+
+    return WithBias
+
+
+def accumulate_in_place(model: nn.Module) -> None:
+    """Let Transformer Engine's layers add weight gradients to DDP's buffers, instead of handing them to be added.
+
+    For a model that DDP wraps before it is trained. mcore's `gradient_accumulation_fusion` would ask the same of the
+    output layer, which is local and needs a kernel of Apex for it.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010
