@@ -1,4 +1,4 @@
-"""Recipes have the numbers of their sources, and docs/training.md shows commands and YAML that are taken."""
+"""Recipes have the numbers of their sources; docs/training.md and performance.md show commands that are taken."""
 
 import math
 import re
@@ -17,8 +17,10 @@ from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION, compose
 from mmcore.recipes import RECIPES
 from mmcore.training.memory import training_bytes
 
-PAGE = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGE, re.DOTALL)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "training.md").read_text()
+PAGES = PAGE + (DOCS / "performance.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", PAGES, re.DOTALL)
 # Samples of LLaVA's blip_laion_cc_sbu_558k.json and llava_v1_5_mix665k.json.
 PRETRAIN_SAMPLES, SFT_SAMPLES = 558_128, 665_298
 # Steps, global batch, lr, min lr, warmup, weight decay, clip, beta2, sequence, tensor parallel size, trained parts.
@@ -89,7 +91,7 @@ def test_yaml_is_taken(text: str) -> None:
 
 
 def test_options_in_the_text_exist() -> None:
-    for section, name in set(re.findall(r"--(\w+)\.([a-z][a-z0-9-]*)", PAGE)):
+    for section, name in set(re.findall(r"--(\w+)\.([a-z][a-z0-9-]*)", PAGES)):
         assert hasattr(getattr(RunConfig(), section), name.replace("-", "_")), f"--{section}.{name}"
 
 
