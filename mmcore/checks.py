@@ -15,9 +15,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def positive(section: str, owner: Any, *names: str) -> None:
-    """Raise a ValueError for the first of the named fields that is not above zero."""
+    """Raise a ValueError for the first of the named fields that is no number above zero."""
     for name in names:
-        if getattr(owner, name) <= 0:
+        if not 0 < getattr(owner, name) < float("inf"):
             raise ValueError(f"--{section}.{name.replace('_', '-')} must be above 0, not {getattr(owner, name)}")
 
 

@@ -24,7 +24,7 @@ class StageConfig:
         if set(self.freeze) >= set(MODULES):
             raise ValueError(f"stage {self.name!r} of train.stages freezes every part: nothing would be trained")
         check_patterns("train.stages: freeze", self.freeze)
-        if self.lr < 0:
+        if not 0 <= self.lr < float("inf"):
             raise ValueError(f"stage {self.name!r} of train.stages has the learning rate {self.lr}")
 
 
@@ -184,7 +184,11 @@ class OptimizerConfig:
     Checkpoints are the same. Lean moments cannot follow a slow average: adam-beta2 must be at most 0.99."""
 
     def __post_init__(self) -> None:
-        positive("optimizer", self, "lr")
+        positive("optimizer", self, "lr", "adam_eps")
+        for name, limit in (("weight_decay", "inf"), ("clip_grad", "inf"), ("adam_beta1", "1"), ("adam_beta2", "1")):
+            if not 0 <= (value := getattr(self, name)) < float(limit):
+                option = f"--optimizer.{name.replace('_', '-')}"
+                raise ValueError(f"{option} must be at least 0 and below {limit}, not {value}")
         check_patterns("--optimizer.module-lr", self.module_rates())
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--optimizer.min-lr {self.min_lr} must lie between 0 and --optimizer.lr {self.lr}")

@@ -1,8 +1,8 @@
 """A run as YAML: read into its sections, strictly, and written."""
 
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -13,10 +13,14 @@ from mmcore.config import RunConfig
 def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> Any:
     """Replace fields of a config dataclass by a nested dict's values.
 
+    What values mean together is not judged here, for the command line may have the other half of a pair: whoever
+    parses that makes the sections anew, which judges them.
+
     Raises:
         ValueError: an unknown key (names the nearest) or a value of the wrong kind.
     """
     known = {item.name: getattr(config, item.name) for item in fields(config)}
+    hints = get_type_hints(type(config))
     changes: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -27,15 +31,26 @@ def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> 
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: {name!r} is a section: it takes keys below it, not {value!r}")
             changes[key] = merge(current, value, where, f"{name}.")
-        elif isinstance(item := next(iter(get_args(get_type_hints(type(config))[key])), None), type) and is_dataclass(
-            item
-        ):
+        elif get_origin(hints[key]) is Literal:
+            if value not in get_args(hints[key]):
+                allowed = ", ".join(map(repr, get_args(hints[key])))
+                raise ValueError(f"{where}: {name!r} is one of {allowed}, not {value!r}")
+            changes[key] = value
+        elif isinstance(item := next(iter(get_args(hints[key])), None), type) and is_dataclass(item):
             if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
                 raise ValueError(f"{where}: {name!r} is a list of sections, not {value!r}")
             changes[key] = tuple(merge(item(), entry, where, f"{name}.{index}.") for index, entry in enumerate(value))
         else:
             changes[key] = _checked(current, value, name, where, item if isinstance(item, type) else str)
-    return replace(config, **changes)
+    return _unjudged(type(config), {**known, **changes})
+
+
+def _unjudged(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass's instance without its `__post_init__`."""
+    made: Any = object.__new__(kind)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _checked(current: Any, value: Any, name: str, where: str, item: type) -> Any:

@@ -305,9 +305,17 @@ class Adam(torch.optim.Optimizer):
             )
 
 
+def _l2_norm(chunk_size: int, noop: Any, tensors: list[list[torch.Tensor]], per_tensor: bool) -> Any:
+    """The norm of all in float32, whatever they are in, as Apex's: megatron-core's own rounds it to bf16 with them."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors[0]]
+    return torch.stack(norms).norm().reshape(1), None
+
+
 def _replace_adam() -> None:
     import megatron.core.optimizer as optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+
+    clip_grads.l2_norm_impl = _l2_norm
 
     optimizer.Adam = Adam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -1,5 +1,6 @@
 """The command line is light, says what is wrong in one paragraph, and leaves nothing behind."""
 
+import math
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from mmcore.commands.train import as_yaml, parse
-from mmcore.config import RunConfig, TrainConfig
+from mmcore.config import OptimizerConfig, RunConfig, TrainConfig
 from mmcore.config_yaml import merge
 from mmcore.models.architecture import save_architecture
 from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION
@@ -144,6 +145,44 @@ def test_yaml_names_the_nearest_key() -> None:
     with pytest.raises(ValueError, match=r"'train' is a section"):
         merge(RunConfig(), {"train": 3}, "f")
     assert merge(RunConfig(), yaml.safe_load("optimizer: {lr: 1e-4}"), "f").optimizer.lr == 1e-4
+
+
+def test_yaml_takes_one_of_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"f: 'train.precision' is one of 'fp32', 'bf16', not 'fp16'"):
+        merge(RunConfig(), {"train": {"precision": "fp16"}}, "f")
+    assert merge(RunConfig(), {"train": {"precision": "fp32"}}, "f").train.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("content", "options"),
+    [
+        ("parallel: {overlap_param_gather: true}", ["--parallel.overlap-grad-reduce"]),
+        ("parallel: {sequence_parallel: true}", ["--parallel.tensor-model-parallel-size", "2"]),
+        ("checkpoint: {keep_every: 500}", ["--checkpoint.save-interval", "500"]),
+        ("eval: {interval: 5}", ["--eval.task", "coco", "--eval.data", "x"]),
+        ("train: {rampup_batch_size: [2, 4, 9]}", ["--train.global-batch-size", "10"]),
+        ("train: {stages: [{until: 400}, {until: 900}]}", ["--train.steps", "900"]),
+    ],
+)
+def test_one_half_of_a_pair_from_yaml_the_other_as_an_option(
+    content: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    parse(["quickstart_sft", "--config", str(file), *options])
+    with pytest.raises(SystemExit) as exit_:
+        parse(["quickstart_sft", "--config", str(file)])
+    assert exit_.value.code == 2 and "Value error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"lr": math.nan}, {"lr": math.inf}, {"clip_grad": -1.0}, {"adam_beta2": 1.0}, {"weight_decay": math.nan}],
+)
+def test_numbers_that_no_optimizer_takes(given: dict[str, float]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=f"--optimizer.{name.replace('_', '-')} must be"):
+        OptimizerConfig(**given)
 
 
 def test_batches_that_do_not_divide() -> None:

@@ -121,9 +121,11 @@ def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
     """The run, and each fault of it said once."""
     from mmcore.checkpoint import SaveError
     from mmcore.data.stream import TooManySkippedError
+    from mmcore.training.batches import check_data
     from mmcore.training.loop import train
     from mmcore.training.policy import BadStepError
 
+    check_data(config, architecture)
     try:
         train(config, architecture)
     except (BadStepError, SaveError) as error:  # which all ranks raise

@@ -8,6 +8,7 @@ of either.
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -261,7 +262,7 @@ def build_loader(
     layout = replace(layout, loss_weighting=loss_weighting)
     dataset = open_dataset(config.path, split)
     wanted = config.num_streams or (read_states(states).num_streams if states else 0)
-    num_streams = _num_streams(wanted, config, dataset, data_parallel_size)
+    num_streams = _num_streams(wanted, config, dataset, data_parallel_size, is_train=split == "train")
     fingerprint = Fingerprint(
         dataset=dataset.digest,
         num_streams=num_streams,
@@ -290,12 +291,16 @@ def build_loader(
     return loader
 
 
-def _num_streams(wanted: int, config: DataConfig, dataset: Dataset, data_parallel_size: int) -> int:
-    """Streams of a run, checked."""
+def _num_streams(
+    wanted: int, config: DataConfig, dataset: Dataset, data_parallel_size: int, *, is_train: bool = True
+) -> int:
+    """Streams of a run, checked; of what is no training data the same for any workers and for up to 8 replicas."""
     readers = data_parallel_size * max(1, config.num_workers)
     epoch = [int((source.repetitions or 1) * len(source)) for source in dataset.sources]
     num_samples = min(epoch) if dataset.by_weight else sum(epoch)
     chosen = wanted or readers
+    if not wanted and not is_train and num_samples >= (fixed := math.lcm(NUM_STREAMS, data_parallel_size)):
+        return fixed
     while not wanted and chosen < NUM_STREAMS and num_samples >= 2 * chosen * SAMPLES_PER_STREAM:
         chosen *= 2
     if chosen % data_parallel_size:

@@ -169,6 +169,6 @@ def find_images(data: Path, images: Path | None, names: Sequence[str | None]) ->
         row, path = missing[0]
         raise ValueError(
             f"{data}: {len(missing)} of {len(named)} pictures are missing, the first is {path} of row {row} (from 0): "
-            "--images names the folder that they lie in"
+            "--images (of `mmcore train` --eval.images) names the folder that they lie in"
         )
     return [None if name is None else folder / name for name in names]

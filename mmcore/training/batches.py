@@ -1,6 +1,6 @@
 """Where a run's micro batches come from: its dataset, or samples made up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,54 @@ from mmcore.data.pictures import Pictures
 from mmcore.data.stream import Count
 from mmcore.data.synthetic import SyntheticLoader
 from mmcore.data.tokenizer import load_tokenizer
-from mmcore.models.architecture import Architecture
+from mmcore.models.architecture import Architecture, checkpoints, newest
+
+
+def check_data(config: RunConfig, architecture: Architecture) -> None:
+    """Find what the data lacks for this run, before ranks find each other and a model is built.
+
+    Raises:
+        ValueError: as of `build_loader`, on the main rank.
+    """
+    if config.data.synthetic:
+        return
+    rank = distributed.Rank.from_environment()
+    if rank.rank > 0:
+        return
+    goes_on = bool(checkpoints(Path(config.checkpoint.save)))  # then it is the checkpoint that tells the streams
+    splits = (["train"] if not goes_on else []) + (["val"] if config.train.val_interval else [])
+    size = config.parallel.data_parallel_size(rank.world_size)
+    for split in splits:
+        open_loader(config, architecture, newest(Path(config.model.checkpoint)), split, 0, size).close()
+
+
+def open_loader(
+    config: RunConfig,
+    architecture: Architecture,
+    source: Path | None,
+    split: str,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    states: Sequence[bytes] = (),
+) -> Any:
+    """What reads a split for one replica, or makes it up; see `build_loader`."""
+    pictures = Pictures(**architecture.picture_options())
+    is_written = not config.data.synthetic or pictures.tile_tags  # whether there is any text
+    common: dict[str, Any] = {
+        "tokenizer": load_tokenizer(source / TOKENIZER_DIR) if source and is_written else None,
+        "conversation": config.data.conversation or architecture.conversation,
+        "pictures": pictures,
+        "micro_batch_size": config.train.micro_batch_size,
+        "data_parallel_rank": data_parallel_rank,
+        "data_parallel_size": data_parallel_size,
+        "seed": config.train.seed,
+        "states": states,
+    }
+    if config.data.synthetic:
+        assert architecture.language is not None
+        return SyntheticLoader(config.data, vocab_size=architecture.language.vocab_size, **common)
+    data = config.data if split == "train" else replace(config.data, shuffle_buffer_size=0)
+    return build_loader(data, split=split, loss_weighting=config.train.loss_weighting, **common)
 
 
 class Batches(Iterator[Batch]):
@@ -34,24 +81,9 @@ class Batches(Iterator[Batch]):
         self.loader: Any = None
         if not distributed.is_data_source():
             return
-        pictures = Pictures(**architecture.picture_options())
-        is_written = not config.data.synthetic or pictures.tile_tags  # whether there is any text
-        common: dict[str, Any] = {
-            "tokenizer": load_tokenizer(source / TOKENIZER_DIR) if source and is_written else None,
-            "conversation": architecture.conversation,
-            "pictures": pictures,
-            "micro_batch_size": config.train.micro_batch_size,
-            "data_parallel_rank": distributed.data_parallel_rank(),
-            "data_parallel_size": distributed.data_parallel_size(),
-            "seed": config.train.seed,
-            "states": ckpt.loader_states(source) if source and resumed else (),
-        }
-        if config.data.synthetic:
-            assert architecture.language is not None
-            self.loader = SyntheticLoader(config.data, vocab_size=architecture.language.vocab_size, **common)
-        else:
-            data = config.data if split == "train" else replace(config.data, shuffle_buffer_size=0)
-            self.loader = build_loader(data, split=split, loss_weighting=config.train.loss_weighting, **common)
+        rank, size = distributed.data_parallel_rank(), distributed.data_parallel_size()
+        states = ckpt.loader_states(source) if source and resumed else ()
+        self.loader = open_loader(config, architecture, source, split, rank, size, states)
         self.iterator = iter(self.loader)
 
     def __next__(self) -> Batch:

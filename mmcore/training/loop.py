@@ -72,8 +72,6 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
     bad_steps = BadSteps(config.train, state.get("grad_norms", ()))
     batches = Prefetch(Batches(config, architecture, source, resumed=bool(resumed)))
-    if config.train.val_interval:  # what its data lacks is said now, not after hours
-        Batches(config, architecture, source, split="val").close()
     metrics = speed = times = None
     if distributed.is_main():
         speed = Speed(config, architecture, dist.get_world_size(), sizes)
@@ -94,6 +92,8 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             fp8=config.model.fp8_parts,
         )
         metrics.say(f"memory of a rank before activations: {max(needed, key=lambda one: one.total)}")
+        if state["step"] >= config.train.steps:
+            metrics.say(f"nothing to do: {state['step']} steps are done, and --train.steps is {config.train.steps}")
 
     step = int(state["step"])
     scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task and source else None
@@ -136,10 +136,15 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             if answer == "rewind" and resumed:
                 if scoring:
                     scoring.finish()  # told now, so that it is forgotten with its step
-                state = training.resume(resumed)
+                found, passed_over = ckpt.newest_whole(run)
+                assert found, f"{resumed} is gone, whole or damaged"
+                resumed = source = found
+                state = training.resume(resumed, is_verified=True)
                 step = int(state["step"])
                 if metrics:
                     metrics.rewind(step, result.fault)
+                    for told in passed_over:
+                        metrics.say(told)
                 continue
         if config.train.val_interval and (step % config.train.val_interval == 0 or step == config.train.steps):
             loss = validation_loss(training.ddp, config, architecture, source)

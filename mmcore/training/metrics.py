@@ -1,5 +1,6 @@
 """What a run tells: a line that a person reads, JSONL that a program reads, TensorBoard and W&B if asked."""
 
+import atexit
 import json
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmcore import host
 from mmcore.config import RunConfig
 from mmcore.data.stream import Count
-from mmcore.evaluation.scores import Scores
+from mmcore.evaluation.scores import Scores, write_whole
 from mmcore.training.loss import Share
 from mmcore.training.speed import Speed
 from mmcore.training.step import StepResult
@@ -70,6 +71,7 @@ class Metrics:
         )
         self.task = self.bar.add_task("training", total=config.train.steps, completed=first_step)
         self.bar.start()
+        atexit.register(self.bar.stop)  # a fault or Ctrl-C ends the run without `close`: the cursor comes back then
 
     def report(
         self,
@@ -206,6 +208,13 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 def _keep_until(log: Path, step: int) -> None:
     """Drop what a killed run logged after the checkpoint that this one starts from."""
     if log.exists():
-        lines = log.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+        kept = [line for line in log.read_text().splitlines() if _is_until(line, step)]
+        write_whole(log, "".join(line + "\n" for line in kept).encode())
+
+
+def _is_until(line: str, step: int) -> bool:
+    """Whether it is the row of a step up to that; a kill or a full disk can tear the last row."""
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:
+        return False

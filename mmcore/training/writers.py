@@ -26,8 +26,16 @@ def check_writers(config: LoggingConfig) -> None:
     """Say what is missing before anything is up; imports neither of the two.
 
     Raises:
-        ValueError: W&B is asked for and not installed.
+        ValueError: W&B is asked for and not installed, or TensorBoard's folder cannot be made.
     """
+    try:
+        if config.tensorboard_dir and "://" not in config.tensorboard_dir:
+            Path(config.tensorboard_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--logging.tensorboard-dir {config.tensorboard_dir} cannot be made: {error.strerror}; choose another "
+            "folder, or leave the option out"
+        ) from None
     if config.wandb_project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"--logging.wandb-project {config.wandb_project} needs wandb, which is not installed: `pip install wandb`, "

@@ -12,10 +12,12 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 
+from mmcore import distributed
 from mmcore.checkpoint import SaveError
 from mmcore.checkpoint_files import checkpoint_bytes
 from mmcore.commands import train as command
@@ -23,10 +25,11 @@ from mmcore.commands.train import check, parse
 from mmcore.config import CheckpointConfig, DataConfig, LoggingConfig, ModelConfig, RunConfig, TrainConfig
 from mmcore.data.stream import TooManySkippedError
 from mmcore.models.architecture import PictureArch, save_architecture
-from mmcore.training import loop
+from mmcore.training import batches, loop
 from mmcore.training.policy import BadStepError
 from mmcore.training.run_lock import run_lock
 from tests import tiny
+from tests.data.fabricated import write_shards, write_tokenizer
 
 
 def test_the_mode_of_pictures(tmp_path: Path) -> None:
@@ -85,6 +88,7 @@ def test_a_fault_is_said_once(
     """By the first rank where all find it, by the rank that finds it where the others do not."""
     monkeypatch.setattr(loop, "train", mock.Mock(side_effect=error))
     monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(batches, "check_data", lambda *_: None)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
@@ -150,6 +154,7 @@ def test_the_command_holds_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     refused: list[bool] = []
     monkeypatch.setattr(loop, "train", another)
     monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(batches, "check_data", lambda *_: None)
     for rank in "10":
         monkeypatch.setenv("RANK", rank)
         assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 0
@@ -183,6 +188,7 @@ def test_every_end_leaves_a_report(
 
     monkeypatch.setattr(loop, "train", trained)
     monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(batches, "check_data", lambda *_: None)
     with pytest.raises(KeyboardInterrupt) if isinstance(end, KeyboardInterrupt) else nullcontext():
         assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == (1 if end else 0)
     assert (tmp_path / "loss.svg").exists()
@@ -194,7 +200,37 @@ def test_a_report_that_fails_does_not_fail_the_run(
 ) -> None:
     monkeypatch.setattr(loop, "train", lambda *_: (tmp_path / "log.jsonl").write_text('{"step": 1, "sources": 5}\n'))
     monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(batches, "check_data", lambda *_: None)
     assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 0
     said = "mmcore train: no report.html was written: AttributeError: 'int' object has no attribute 'items'\n"
     assert capsys.readouterr().err == said
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_interval": 1}, "has no samples in its split 'val'"),
+        ({"conversation": "mistral"}, "no conversation template 'mistral', did you mean 'mistral_instruct'"),
+        ({"seq_length": 2}, "seq-length 2 has no room for a picture"),
+        ({"num_streams": 3}, "dealt to 3 streams, which 2 data parallel ranks cannot share evenly"),
+    ],
+)
+def test_data_that_does_not_fit_is_said_before_ranks_find_each_other(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    architecture = replace(tiny.architecture(), image_token_id=300, conversation="mistral_instruct")
+    save_architecture(architecture, write_tokenizer(tmp_path / "model" / "tokenizer").parent)
+    write_shards(tmp_path / "data", 40)
+    data = {"path": str(tmp_path / "data"), "num_workers": 0, "seq_length": 64, **options}
+    config = RunConfig(
+        model=ModelConfig(checkpoint=str(tmp_path / "model")),
+        data=DataConfig(**{key: value for key, value in data.items() if key != "val_interval"}),
+        train=TrainConfig(val_interval=options.get("val_interval", 0)),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
+    )
+    monkeypatch.setattr(command, "parse", lambda argv: (config, False))
+    monkeypatch.setattr(distributed, "initialize", mock.Mock(side_effect=AssertionError("a process group is begun")))
+    with pytest.raises(ValueError, match=message):
+        command.main(["quickstart_sft"])

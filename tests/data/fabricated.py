@@ -50,14 +50,14 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_shards(output: Path, count: int, *, broken: frozenset[int] = frozenset()) -> Path:
+def write_shards(output: Path, count: int, *, broken: frozenset[int] = frozenset(), split: str = "train") -> Path:
     """Samples 0 to `count`; the pictures of `broken` ones are cut short."""
     with ShardWriter(output, samples_per_shard=20) as writer:
         for index in range(count):
             data = picture(index)
             talk = conversation(f"<image>\nwhat is number {index}", f"it is number {index} " + "one " * (index % 5))
             text = json.dumps({"id": str(index), "conversations": talk}).encode()
-            writer.write("train", f"{index:08d}", {"png": data[:400] if index in broken else data, "json": text})
+            writer.write(split, f"{index:08d}", {"png": data[:400] if index in broken else data, "json": text})
     return output
 
 

@@ -44,6 +44,23 @@ def flawed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("data") / "flawed", 40, broken=frozenset({3, 17, 31}))
 
 
+def test_the_val_split_is_the_same_for_any_workers_and_ranks(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Or losses on it could not be compared after a run goes on elsewhere."""
+    path = write_shards(tmp_path / "val", 20, split="val")
+    seen = []
+    for size, workers in ((1, 0), (1, 3), (4, 1)):
+        parts = [
+            loader(path, tokenizer, data={"num_workers": workers}, split="val", data_parallel_rank=rank,
+                   data_parallel_size=size)
+            for rank in range(size)
+        ]  # fmt: skip
+        taken = [take(part, 8 // size) for part in parts]
+        for part in parts:
+            part.close()
+        seen.append([batch.keys for step in zip(*taken, strict=True) for batch in step])
+    assert seen[0] == seen[1] == seen[2]
+
+
 def take(stream: Loader, count: int) -> list[Batch]:
     return list(itertools.islice(stream, count))
 

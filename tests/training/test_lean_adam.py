@@ -2,10 +2,12 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import clip_grads
 
 from mmcore import checkpoint
 from mmcore.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
@@ -195,6 +197,14 @@ def test_lean_gradients_are_clipped() -> None:
 
     ((norm, moment),) = ranks.run(clipped, ParallelConfig(), 1)
     assert norm > 1 and moment == pytest.approx((1 - 0.9) * 0.5, rel=0.01)
+
+
+def test_norms_of_lean_gradients_are_not_rounded() -> None:
+    gradients = [torch.randn(size, generator=torch.Generator().manual_seed(size)).bfloat16() for size in (7, 900)]
+    with mock.patch("torch.distributed.all_reduce"):
+        assert clip_grads.get_grad_norm_fp32(gradients) == pytest.approx(
+            float(torch.cat(gradients).double().norm()), rel=1e-6
+        )
 
 
 def test_a_stage_begins_with_what_was_known() -> None:

@@ -1,7 +1,8 @@
+import atexit
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,6 +115,26 @@ def test_tensorboard_keeps_what_the_checkpoint_has(config: RunConfig, tmp_path: 
     assert [(event.step, event.value) for event in rates] == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25)]
 
 
+def test_a_torn_row_is_dropped(config: RunConfig, tmp_path: Path) -> None:
+    log, row = tmp_path / "log.jsonl", '{"step": 1, "sources": {"a": {"loss": 1.0}}}'
+    log.write_text(row + "\n" + row[:-1])
+    Metrics(config, 4).close()
+    assert log.read_text() == row + "\n"
+
+
+def test_a_run_that_ends_in_a_fault_gives_the_cursor_back(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    metrics = Metrics(config, 0)
+    assert metrics.bar.live.is_started and metrics.bar.stop in at_exit
+    for action in at_exit:
+        action()
+    assert not metrics.bar.live.is_started
+    metrics.close()
+
+
 # What the trainer uses of W&B, written down call by call.
 WANDB = """
 import types
@@ -170,3 +191,10 @@ def test_weights_and_biases_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> 
         check_writers(LoggingConfig(wandb_project="mine"))
     with pytest.raises(ValueError, match=r"--logging\.wandb-name a needs --logging.wandb-project"):
         LoggingConfig(wandb_name="a")
+
+
+def test_a_folder_for_tensorboard_that_cannot_be_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"--logging.tensorboard-dir .*/file/a cannot be made: Not a directory"):
+        check_writers(LoggingConfig(tensorboard_dir=str(tmp_path / "file" / "a")))
+    check_writers(LoggingConfig(tensorboard_dir=str(tmp_path / "b" / "a")))

@@ -13,7 +13,7 @@ from mmcore import checkpoint
 from mmcore.commands import train as command
 from mmcore.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from mmcore.data.batch import Batch
-from mmcore.training import loop, step
+from mmcore.training import batches, loop, step
 from mmcore.training.freezing import optimizer_state
 from mmcore.training.loss import token_loss
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
@@ -25,11 +25,15 @@ STEPS = 8
 
 
 class Batches(Iterator[Batch]):
-    """Batches by number; losses of `bad` ones are multiplied by what it says, those of `left_out` are not there."""
+    """Batches by number; losses of `bad` ones are multiplied by what it says, those of `left_out` are not there.
+
+    Before one that is named in `damage`, a file is damaged.
+    """
 
     sources: tuple[str, ...] = ()
     bad: ClassVar[dict[int, float]] = {}
     left_out: ClassVar[tuple[int, ...]] = ()
+    damage: ClassVar[dict[int, Path]] = {}
 
     def __init__(self, *_: Any, resumed: bool = False) -> None:
         assert not resumed
@@ -39,6 +43,8 @@ class Batches(Iterator[Batch]):
         while self.next in self.left_out:
             self.next += 1
         number, self.next = self.next, self.next + 1
+        if number in self.damage:
+            self.damage[number].write_bytes(b"")
         return replace(tiny.batch(2 * number % 16, 2), keys=[str(self.bad.get(number, 1.0))])
 
     def counts(self) -> dict[str, Any]:
@@ -95,6 +101,18 @@ def test_rewind(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     faults = {row["step"]: row["fault"] for row in rows if "fault" in row}
     assert faults == {5: "went back to step 4: the loss is nan"}
+
+
+def test_rewind_past_a_damaged_checkpoint(tmp_path: Path) -> None:
+    damaged = tmp_path / "bad" / "run" / "step_00000008"
+    Batches.damage = {9: damaged / "common.pt"}
+    try:
+        rows = run(tmp_path, "bad", bad={9: NAN}, on_bad_step="rewind", steps=12)
+    finally:
+        Batches.damage = {}
+    never = run(tmp_path, "never", bad={}, left_out=(4, 5, 6, 7, 8, 9), steps=12)
+    assert numbers(rows) == numbers(never)
+    assert (damaged.parent / "damaged-step_00000008").is_dir() and damaged.is_dir()
 
 
 def test_skip(tmp_path: Path) -> None:
@@ -166,5 +184,6 @@ def test_the_command_says_it_in_one_paragraph(tmp_path: Path, monkeypatch: Any, 
 
     monkeypatch.setattr(loop, "train", bad)
     monkeypatch.setattr(command, "check", lambda *_: None)
+    monkeypatch.setattr(batches, "check_data", lambda *_: None)
     assert command.main(["quickstart_sft", "--checkpoint.save", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "mmcore train: step 6 is bad: it was made so\n"
