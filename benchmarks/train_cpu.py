@@ -48,6 +48,7 @@ from mmcore.data.packing import pack  # noqa: E402
 from mmcore.models.architecture import Architecture, LanguageArch, VisionArch  # noqa: E402
 from mmcore.models.llava import LlavaModel, base_config  # noqa: E402
 from mmcore.models.presets import PROJECTOR, compose  # noqa: E402
+from mmcore.training import freezing  # noqa: E402
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap  # noqa: E402
 from mmcore.training.step import train_step  # noqa: E402
 
@@ -141,7 +142,7 @@ def write_model(arch: Architecture, folder: Path) -> None:
 def ours(arch: Architecture, folder: Path, freeze: tuple[str, ...]) -> Side:
     """This project's step, as `mmcore train` takes it."""
     model = LlavaModel(arch, "local", **base_config(ParallelConfig()))
-    model.freeze(freeze)
+    freezing.freeze(model, freeze)
     ddp = wrap(model)
     optimizer = build_optimizer(ADAM, ddp)
     load_checkpoint(next((folder / "checkpoint").glob("step_*")), ddp)

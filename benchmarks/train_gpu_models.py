@@ -11,15 +11,9 @@ from torch import nn  # noqa: E402
 
 from benchmarks.train_gpu_shapes import FP8_RECIPE  # noqa: E402
 from mmcore.models.architecture import Architecture  # noqa: E402
+from mmcore.models.fp8 import FP8  # noqa: E402
 from mmcore.models.specs import layer_spec, mlp_submodules  # noqa: E402
 
-# megatron-core's arguments for the language model.
-FP8: dict[str, Any] = {
-    "fp8": "hybrid",
-    "fp8_recipe": FP8_RECIPE,
-    "fp8_amax_history_len": 16,
-    "fp8_amax_compute_algo": "max",
-}
 THEIR_IMAGE_TOKEN = 0  # which has to be a row of the vocabulary, and no text is drawn with it
 
 
@@ -58,7 +52,7 @@ def megatron_core_model(arch: Architecture, dtype: torch.dtype, *, is_fp8: bool)
         activation_func=nn.functional.silu,
         bias_activation_fusion=host.has_cuda(),
         apply_rope_fusion=host.has_cuda(),
-        **(FP8 if is_fp8 else {}),
+        **FP8[FP8_RECIPE if is_fp8 else "none"],
         **base,
     )
     vision_config = TransformerConfig(

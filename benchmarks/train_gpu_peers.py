@@ -33,6 +33,7 @@ from mmcore.data.batch import EncodedSample, collate  # noqa: E402
 from mmcore.models.kernels import accumulate_in_place, check_kernels  # noqa: E402
 from mmcore.models.llava import LlavaModel, base_config  # noqa: E402
 from mmcore.recipes import RECIPES  # noqa: E402
+from mmcore.training import freezing  # noqa: E402
 from mmcore.training.loop import DTYPES  # noqa: E402
 from mmcore.training.optimizer import wrap  # noqa: E402
 from mmcore.training.step import forward_backward  # noqa: E402
@@ -66,7 +67,7 @@ def compute(shape: Shape, stage: str, precision: str) -> Contender:
     model = LlavaModel(shape.architecture(), "auto", **base_config(ParallelConfig(), dtype, fp8=fp8))
     accumulate_in_place(model)
     model.to(host.device(), dtype)
-    model.freeze(RECIPES[shape.recipe(stage)]().model.freeze)
+    freezing.freeze(model, RECIPES[shape.recipe(stage)]().model.freeze)
     ddp = wrap(model, states=shape.states(stage, precision))
     size = shape.samples_per_row(stage)
     row = collate([_sample(shape, stage, seed) for seed in range(size)])

@@ -7,7 +7,7 @@ Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU 
 arXiv:2104.04473, section 2.2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
@@ -34,13 +34,6 @@ class InterleavedModel(MegatronModule):
         self.architecture, self.num_image_embeddings = first.architecture, first.num_image_embeddings
         self.pre_process, self.post_process = first.pre_process, last.post_process
         self.share_embeddings_and_output_weights = first.share_embeddings_and_output_weights
-
-    def freeze(self, modules: Iterable[str]) -> None:
-        """As `LlavaModel.freeze`."""
-        modules = tuple(modules)
-        chunk: Any
-        for chunk in self.chunks:
-            chunk.freeze(modules)
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """As `LlavaModel.shared_embedding_or_output_weight`, of the chunk that has it."""

@@ -1,6 +1,6 @@
 """The whole model: vision tower, projector and language model, on one pipeline stage or many."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -87,12 +87,6 @@ class LlavaModel(MegatronModule):
     def chunks(self) -> list["LlavaModel"]:
         """What mcore's schedules run: see `mmcore.models.interleaved`."""
         return [self]
-
-    def freeze(self, modules: Iterable[str]) -> None:
-        """Keep the weights of the named parts (`vision_model`, `vision_projection`, `language_model`)."""
-        for name in modules:
-            if hasattr(self, name):
-                getattr(self, name).requires_grad_(False)
 
     def set_is_first_microbatch(self) -> None:
         """Turn weights that a step may have changed into FP8 anew (mcore's schedules call it before each)."""

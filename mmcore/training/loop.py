@@ -105,6 +105,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         if said and metrics:
             metrics.say(said)
         lr = training.scheduler.get_lr({})  # of what has no rate of its own
+        if times:
+            times.seconds()  # what came between is no part of the step
+            times.mark("data")
         # All of a step's batches are dealt out first: under pipeline parallelism a stage that waits for
         # the one before it cannot take part in handing out a batch.
         count = partial(config.train.num_microbatches, distributed.data_parallel_size())

@@ -154,6 +154,7 @@ def train_step(
         mark: told what begins, as `mmcore.training.timing.ModuleTimes.mark`.
     """
     mark = mark or _nothing
+    mark("rest")
     model.zero_grad_buffer()
     optimizer.zero_grad()
     sums = _forward_backward(model, batches, mark=mark)  # float64 [num_sources, 7]

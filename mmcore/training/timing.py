@@ -4,8 +4,6 @@ On a GPU the clock is the GPU's own: events in its queue, read once a step is ov
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +30,6 @@ class ModuleTimes:
     def __init__(self, model: nn.Module) -> None:
         modules = dict(model.named_modules())
         self._marks = [(host.tick(), REST)]
-        self._hooks: list[Any] = []
         for path, name in PARTS.items():
             if path in modules:
                 self._watch(modules[path], name)
@@ -48,14 +45,8 @@ class ModuleTimes:
             if isinstance(first, Tensor) and first.requires_grad:
                 first.register_hook(lambda _: self.mark(name))
 
-        self._hooks += [module.register_forward_pre_hook(lambda *_: self.mark(name)), module.register_forward_hook(end)]
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`, but for what is some other part's."""
-        self.mark(name)
-        yield
-        self.mark()
+        module.register_forward_pre_hook(lambda *_: self.mark(name))
+        module.register_forward_hook(end)
 
     def seconds(self) -> dict[str, float]:
         """Of each part since the last call; waits for the GPU."""
@@ -65,8 +56,3 @@ class ModuleTimes:
             found[name] += host.seconds_between(begun, ended)
         self._marks = self._marks[-1:]
         return dict(found)
-
-    def close(self) -> None:
-        """Watch no more."""
-        for hook in self._hooks:
-            hook.remove()

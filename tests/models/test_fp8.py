@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
 from mmcore.config import ParallelConfig
 from mmcore.models.llava import LlavaModel, base_config
+from mmcore.training import freezing
 from mmcore.training.step import forward_step
 from tests import ranks, tiny
 
@@ -102,7 +103,7 @@ def quantizations() -> list[set[str]]:
             module.is_first_microbatch = True
     for parameter in model.vision_model.parameters():
         parameter.requires_grad_(False)
-    model.freeze(("language_model",))
+    freezing.freeze(model, ("language_model",))
     steps = [marked(model) for _ in range(3)]
     model.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -110,7 +111,7 @@ def quantizations() -> list[set[str]]:
     steps += [marked(model) for _ in range(3)]
     model.language_model.requires_grad_(True)
     steps += [marked(model) for _ in range(2)]
-    model.freeze(("language_model",))
+    freezing.freeze(model, ("language_model",))
     return steps + [marked(model) for _ in range(3)]
 
 

@@ -14,6 +14,7 @@ from mmcore.data.batch import Batch, EncodedSample, collate
 from mmcore.data.tiling import anyres_layout
 from mmcore.models.architecture import PictureArch
 from mmcore.models.splice import arrange
+from mmcore.training import freezing
 from mmcore.training.loss import step_shares, step_sums
 from mmcore.training.step import forward_step
 from tests import ranks, tiny
@@ -95,7 +96,7 @@ def batches(kind: str) -> list[Batch]:
 def step(parallel: ParallelConfig, kind: str, freeze: tuple[str, ...], overlap: bool) -> dict[str, Any]:
     """Loss, and of the vision tower and the projector what each parameter got, summed over replicas."""
     model = tiny.build(parallel, arch=ANYRES if kind == MIXED else None)
-    model.freeze(freeze)
+    freezing.freeze(model, freeze)
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp = DistributedDataParallel(
         model.config, DistributedDataParallelConfig(overlap_grad_reduce=overlap, bucket_size=2000), model

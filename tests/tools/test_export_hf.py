@@ -43,6 +43,7 @@ from mmcore.models.architecture import (
     load_architecture,
     save_architecture,
 )
+from mmcore.training import freezing
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
 from tests import ranks, tiny
@@ -218,7 +219,7 @@ def test_a_llava_comes_back(name: str, tied: bool, tmp_path: Path) -> None:
 def train(layout: ParallelConfig, folder: Path) -> None:
     """One step at the learning rate 0, with which a warmup begins: an optimizer's state, and the weights as drawn."""
     model = tiny.build(layout, arch=tiny.architecture(ffn_hidden_size=tiny.LANGUAGE.hidden_size))
-    model.freeze(("vision_model",))
+    freezing.freeze(model, ("vision_model",))
     ddp = wrap(model)
     config = OptimizerConfig(lr_warmup_steps=2)
     optimizer = build_optimizer(config, ddp)

@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from mmcore import checkpoint, checkpoint_files, distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.architecture import checkpoints
+from mmcore.training import freezing
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
 from tests import ranks, tiny
@@ -24,7 +25,7 @@ def run(
 ) -> list[Any]:
     """Train, saving after STEPS steps; or go on from there."""
     model = tiny.build(layout, seed=9 if resume else 5)
-    model.freeze(freeze)
+    freezing.freeze(model, freeze)
     ddp = wrap(model)
     config = OptimizerConfig(lr=2e-3, weight_decay=0.1, lr_warmup_steps=2)
     optimizer = build_optimizer(config, ddp)

@@ -205,7 +205,7 @@ def test_overlap(names: tuple[str, ...]) -> None:
 
 def losses(parallel: ParallelConfig, freeze: tuple[str, ...], steps: int) -> list[float]:
     model = tiny.build(parallel)
-    model.freeze(freeze)
+    freezing.freeze(model, freeze)
     ddp = wrap(model)
     optimizer = build_optimizer(OptimizerConfig(lr=2e-3, weight_decay=0.1), ddp)
     scheduler = build_scheduler(OptimizerConfig(lr=2e-3, lr_warmup_steps=2), optimizer, steps)
@@ -218,7 +218,7 @@ def losses(parallel: ParallelConfig, freeze: tuple[str, ...], steps: int) -> lis
 
 def bf16_losses(parallel: ParallelConfig) -> list[float]:
     model = tiny.build(parallel, dtype=torch.bfloat16).to(torch.bfloat16)
-    model.freeze(FREEZES["sft"])
+    freezing.freeze(model, FREEZES["sft"])
     ddp = wrap(model)
     optimizer = build_optimizer(OptimizerConfig(lr=2e-3), ddp)
     scheduler = build_scheduler(OptimizerConfig(lr=2e-3), optimizer, 10)

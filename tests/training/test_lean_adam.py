@@ -11,7 +11,7 @@ from megatron.core.optimizer import clip_grads
 
 from mmcore import checkpoint
 from mmcore.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
-from mmcore.training import lean_adam
+from mmcore.training import freezing, lean_adam
 from mmcore.training.freezing import optimizer_state, set_optimizer_state
 from mmcore.training.lean_adam import LeanAdam, join, split
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
@@ -69,7 +69,7 @@ Known = dict[str, dict[str, torch.Tensor]]
 
 def built(layout: ParallelConfig, states: Any, seed: int = 5) -> tuple[Any, Any, Any]:
     model = tiny.build(layout, seed=seed, dtype=torch.bfloat16).to(torch.bfloat16)
-    model.freeze(("vision_model",))
+    freezing.freeze(model, ("vision_model",))
     ddp = wrap(model, layout, states)
     config = OptimizerConfig(lr=2e-3, weight_decay=0.1, clip_grad=0.5, states=states)
     optimizer = build_optimizer(config, ddp)

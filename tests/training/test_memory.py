@@ -16,6 +16,7 @@ from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.architecture import ProjectorArch
 from mmcore.models.pipeline import plan_layers
 from mmcore.models.presets import LANGUAGE, VISION, compose
+from mmcore.training import freezing
 from mmcore.training.memory import training_bytes
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
@@ -30,7 +31,7 @@ def allocated(parallel: ParallelConfig, precision: str, states: Any, freeze: tup
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     layers = plan_layers(tiny.architecture(), parallel)
     model = tiny.build(parallel, dtype=dtype, layers=layers).to(dtype)
-    model.freeze(freeze)
+    freezing.freeze(model, freeze)
     ddp = wrap(model, parallel, states)
     config = OptimizerConfig(lr=1e-3, states=states)
     optimizer = build_optimizer(config, ddp)

@@ -17,7 +17,7 @@ from mmcore.data.batch import Batch, collate, with_image_positions
 from mmcore.models.interleaved import build_model
 from mmcore.models.llava import base_config
 from mmcore.models.splice import splice
-from mmcore.training import step
+from mmcore.training import freezing, step
 from mmcore.training.loss import token_loss
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
@@ -112,7 +112,7 @@ def waits(layout: ParallelConfig, kind: str, states: Any = "full", frozen: tuple
     """Of the second of two steps: the first fills what is kept from step to step."""
     dtype = torch.bfloat16 if states == "lean" else torch.float32
     model = tiny.build(layout, arch=ANYRES if kind == "anyres" else tiny.architecture(), dtype=dtype).to(dtype)
-    model.freeze(frozen)
+    freezing.freeze(model, frozen)
     ddp = wrap(model, layout, states)
     config = OptimizerConfig(lr=2e-3, clip_grad=1e-3, states=states)
     optimizer = build_optimizer(config, ddp)

@@ -32,12 +32,9 @@ def timed(frozen: tuple[str, ...]) -> dict[str, float]:
         )
         losses.register_hook(lambda _: time.sleep(0.01))  # between two modules
         losses.sum().backward()
-    with times.measure("optimizer"):
-        time.sleep(0.02)
+    times.mark("optimizer")
+    time.sleep(0.02)
     found = times.seconds()
-    assert times.seconds().keys() <= {"rest"}
-    times.close()
-    model.vision_model(batch.images)
     assert times.seconds().keys() <= {"rest"}
     return found
 
