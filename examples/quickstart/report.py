@@ -32,7 +32,7 @@ Answered = tuple[Example, str, bool]
 def load_answered(run: Path, part: str, data: str) -> list[Answered]:
     """Held-out examples with what the model said to them."""
     path, source = run / "eval" / part / "predictions.jsonl", run / "raw" / data
-    examples = exact_match.examples(source)
+    examples = exact_match.examples(source, options={})
     answers = load_predictions(path, [example.id for example in examples], source).answers
     return [
         (example, answers[example.id], exact_match.matches(answers[example.id], example.references))
@@ -113,7 +113,7 @@ def summarise(run: Path, captions: list[Answered]) -> list[SummaryRow]:
 def gallery(captions: list[Answered], answers: list[Answered]) -> list[GalleryItem]:
     return [
         GalleryItem(
-            image=example.image,
+            image=example.images[0] if example.images else None,
             generated=answer,
             true=" / ".join(example.references),
             correct=correct,

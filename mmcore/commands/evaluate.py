@@ -9,7 +9,7 @@ import tyro
 
 from mmcore.constants import EXIT_DONE, EXIT_FAULT
 from mmcore.evaluation.scores import EvaluationError, as_json, table, write_json
-from mmcore.evaluation.task import TASKS, Tokenizer, check_task, load_task
+from mmcore.evaluation.task import TASKS, check_task, load_task, read_options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,27 +19,45 @@ class EvaluateConfig:
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="{" + ",".join(TASKS) + "}")]
     """Benchmark whose rules count."""
     predictions: Path
-    """JSON lines with id and answer, as mmcore generate writes them, or a COCO result list."""
+    """What mmcore generate wrote, or the benchmark's own format: a file, or a folder of them."""
     references: Path
     """The benchmark's own file."""
     output: Path | None = None
-    """File for the scores, JSON; by default they are only printed."""
-    tokenizer: Tokenizer = "auto"
-    """How captions are cut into words: ptb (official, Java), python (close to it), none (they are cut already).
-    auto is ptb where Java runs, else python."""
+    """File for the scores, JSON; by default they are only printed. Beside it appear the page report.html and
+    samples.jsonl, what was made of every answer (of any other name than scores.json: NAME.report.html and so on)."""
+    images: Path | None = None
+    """Folder of the pictures, for the page; by default `images` beside the references, or their folder."""
+    options: tuple[str, ...] = ()
+    """Deviations from the official rules, as name=value; what a task has is told for a wrong one."""
+    submission: Path | None = None
+    """Write what the benchmark's server takes, and score nothing: for splits whose answers are not public."""
+    tokenizer: str = ""
+    """The same as --options tokenizer=..., of captions: ptb (official, Java), python (close to it), none (they are cut
+    already). auto, the default, is ptb where Java runs, else python."""
 
     def __post_init__(self) -> None:
         check_task(self.task)
         for name in ("predictions", "references"):
-            if self.output and self.output.absolute() == getattr(self, name).absolute():
-                raise ValueError(f"--output {self.output} would overwrite the {name}: give it another name")
+            for option in ("output", "submission"):
+                given = getattr(self, option)
+                if given and given.absolute() == getattr(self, name).absolute():
+                    raise ValueError(f"--{option} {given} would overwrite the {name}: give it another name")
 
 
 def main(argv: list[str]) -> int:
     """Print the scores, and write them where they are wanted."""
     config = tyro.cli(EvaluateConfig, args=argv, prog="mmcore evaluate")
+    given = (*config.options, *([f"tokenizer={config.tokenizer}"] if config.tokenizer else []))
+    options, task = read_options(config.task, given), load_task(config.task)
     try:
-        scores = load_task(config.task).score(config.predictions, config.references, tokenizer=config.tokenizer)
+        if config.submission:
+            write = getattr(task, "submission", None)
+            if write is None:
+                raise ValueError(f"--submission: {config.task} has no server that takes files")
+            write(config.predictions, config.references, config.submission, options)
+            print(f"{config.submission}: for the server of {config.task}")
+            return EXIT_DONE
+        scores = task.score(config.predictions, config.references, options=options)
     except EvaluationError as error:
         print(f"mmcore evaluate: {error}", file=sys.stderr)
         return EXIT_FAULT

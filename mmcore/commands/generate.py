@@ -11,7 +11,7 @@ import tyro
 from mmcore.config import ParallelConfig
 from mmcore.constants import EXIT_DONE, TOKENIZER_DIR
 from mmcore.evaluation.predictions import write_predictions
-from mmcore.evaluation.task import TASKS, Example, load_task
+from mmcore.evaluation.task import TASKS, Example, load_task, read_options
 from mmcore.models.architecture import Architecture, check_layout, load_architecture, newest
 
 
@@ -29,6 +29,8 @@ class GenerateConfig:
     """Predictions, JSONL: id, prompt, answer."""
     images: Path | None = None
     """Folder of the pictures; by default `images` beside the data file, or the data file's folder."""
+    options: tuple[str, ...] = ()
+    """What of the task is chosen, as name=value; `mmcore evaluate --help` lists them."""
     prompt: str = ""
     """Asked instead of the task's own prompt."""
     conversation: str = ""
@@ -68,7 +70,8 @@ def main(argv: list[str]) -> int:
         architecture = replace(architecture, conversation=config.conversation)
     check_layout(architecture, parallel)
     parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
-    examples = load_task(config.task).examples(config.data, config.images)
+    options = read_options(config.task, config.options)
+    examples = load_task(config.task).examples(config.data, config.images, options=options)
     if config.prompt:
         examples = [replace(example, prompt=config.prompt) for example in examples]
     if config.shuffle_images:
@@ -85,7 +88,7 @@ def shuffled(examples: list[Example]) -> list[Example]:
     order = list(range(len(examples)))
     random.Random(0).shuffle(order)
     givers = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [replace(example, image=examples[givers[index]].image) for index, example in enumerate(examples)]
+    return [replace(example, images=examples[givers[index]].images) for index, example in enumerate(examples)]
 
 
 def answer(

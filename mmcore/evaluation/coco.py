@@ -17,12 +17,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
-from mmcore.evaluation.metrics.captions import score_captions
+from mmcore.evaluation.metrics.captions import Tokenizer, score_captions
 from mmcore.evaluation.predictions import load_predictions
-from mmcore.evaluation.scores import Scores
-from mmcore.evaluation.task import Example, Tokenizer, find_images, only_these, read_json, sample_id
+from mmcore.evaluation.scores import Sample, Scores
+from mmcore.evaluation.task import Example, Options, find_images, only_these, read_json, sample_id
 
 # Megatron-LM, examples/multimodal/run_text_generation.py at commit d98e8a6, task "captioning".
 PROMPT = "Give a brief description of this image in one sentence."
@@ -34,7 +34,11 @@ SCALES = {
     "ROUGE_L": "0 to 1",
     "CIDEr": "0 to 10",
 }
-TOKENIZERS: tuple[Tokenizer, ...] = ("auto", "ptb", "python", "none")
+OPTIONS = {
+    # How captions are cut into words: by Java's PTB tokenizer (auto: where Java runs, else python), by rules close to
+    # its, or not, where they are cut already.
+    "tokenizer": ("auto", "ptb", "python", "none"),
+}
 
 # COCO's file names: COCO_val2014_000000391895.jpg and 000000391895.jpg are the picture 391895.
 _COCO_NAME = re.compile(r"(?:COCO_[a-z]+\d{4}_)?(\d{12})")
@@ -49,7 +53,7 @@ class Picture:
     captions: tuple[str, ...]
 
 
-def examples(data: Path, images: Path | None = None) -> list[Example]:
+def examples(data: Path, images: Path | None = None, *, options: Options) -> list[Example]:
     """See `Task.examples`; captions need not be there."""
     pictures = load_pictures(data)
     for row, picture in enumerate(pictures):
@@ -57,27 +61,29 @@ def examples(data: Path, images: Path | None = None) -> list[Example]:
             raise ValueError(f"{data}: picture {picture.id} (row {row}, from 0) has no file name to load it from")
     paths = find_images(data, images, [picture.file_name for picture in pictures])
     return [
-        Example(id=picture.id, image=path, prompt=PROMPT, references=picture.captions)
+        Example(id=picture.id, images=path, prompt=PROMPT, references=picture.captions)
         for picture, path in zip(pictures, paths, strict=True)
     ]
 
 
-def score(
-    predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto", only: Collection[str] | None = None
-) -> Scores:
+def score(predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None) -> Scores:
     """See `Task.score`. All numbers are pycocoevalcap's own, unscaled: CIDEr can reach 10, the others 1."""
     captions = only_these(load_captions(references), only)
     found = load_predictions(predictions, list(captions), references)
-    result = score_captions(found.answers, captions, tokenizer)
+    result = score_captions(found.answers, captions, cast(Tokenizer, options["tokenizer"]))
     notes = [*found.notes, *result.notes]
     if len(captions) == 1:
         notes.append("CIDEr weighs words by how few of the pictures have them: for a single picture it is always 0")
     return Scores(
-        score=result.metrics[METRIC],
-        num_samples=len(captions),
-        num_empty=found.num_empty,
+        metric=METRIC,
         metrics=result.metrics,
         scales={name: SCALES[name] for name in result.metrics},
+        statistics=result.statistics,
+        samples=[
+            Sample(id=name, answer=answer, references=captions[name], score=result.cider[name])
+            for name, answer in found.answers.items()
+        ],
+        counts=found.counts,
         skipped=result.skipped,
         scorer=result.scorer,
         notes=tuple(notes),

@@ -12,13 +12,14 @@ from typing import Any
 
 from mmcore.constants import IMAGE_TAG
 from mmcore.evaluation import coco
+from mmcore.evaluation.confidence import mean
 from mmcore.evaluation.predictions import load_predictions
-from mmcore.evaluation.scores import Scores
-from mmcore.evaluation.task import Example, Tokenizer, find_images, only_these, read_json, sample_id
+from mmcore.evaluation.scores import Sample, Scores
+from mmcore.evaluation.task import Example, Options, find_images, only_these, read_json, sample_id
 
 METRIC = "exact_match"
 SCALES = {METRIC: "percent"}
-TOKENIZERS: tuple[Tokenizer, ...] = ("auto",)
+OPTIONS: dict[str, tuple[str, ...]] = {}
 
 
 def matches(answer: str, references: Iterable[str]) -> bool:
@@ -31,14 +32,14 @@ def fold(text: str) -> str:
     return " ".join(text.split())
 
 
-def examples(data: Path, images: Path | None = None) -> list[Example]:
+def examples(data: Path, images: Path | None = None, *, options: Options) -> list[Example]:
     """See `Task.examples`. The prompt has no image tag: LLaVA puts the picture first, wherever the tag is."""
     rows = _load_conversations(data)
     if rows is None:
-        return coco.examples(data, images)
+        return coco.examples(data, images, options=options)
     paths = find_images(data, images, [image for _, image, _, _ in rows])
     return [
-        Example(id=name, image=path, prompt=question, references=(answer,))
+        Example(id=name, images=path, prompt=question, references=(answer,))
         for (name, _, question, answer), path in zip(rows, paths, strict=True)
     ]
 
@@ -53,23 +54,23 @@ def load_references(path: Path) -> dict[str, tuple[str, ...]]:
     return coco.load_captions(path) if rows is None else {name: (answer,) for name, _, _, answer in rows}
 
 
-def score(
-    predictions: Path, references: Path, *, tokenizer: Tokenizer = "auto", only: Collection[str] | None = None
-) -> Scores:
+def score(predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None) -> Scores:
     """See `Task.score`; the score is a percentage."""
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"--tokenizer {tokenizer}: exact-match compares texts as they are, without a tokenizer")
     right = only_these(load_references(references), only)
     found = load_predictions(predictions, list(right), references)
-    num_correct = sum(matches(answer, right[name]) for name, answer in found.answers.items())
-    percentage = 100 * num_correct / len(right)
+    samples = [
+        Sample(id=name, answer=answer, references=right[name], score=float(matches(answer, right[name])))
+        for name, answer in found.answers.items()
+    ]
+    statistic = mean([sample.score for sample in samples])
     return Scores(
-        score=percentage,
-        num_samples=len(right),
-        num_correct=num_correct,
-        num_empty=found.num_empty,
-        metrics={METRIC: percentage},
+        metric=METRIC,
+        metrics={METRIC: 100 * sum(sample.score for sample in samples) / len(samples)},
         scales=SCALES,
+        statistics={METRIC: statistic},
+        samples=samples,
+        counts=found.counts,
+        is_right_or_wrong=True,
         scorer={"normalisation": "white space folded, nothing else"},
         notes=found.notes,
     )

@@ -1,16 +1,22 @@
-"""Files of predictions: ours (JSON lines) and COCO's result list, checked against the ids of the references."""
+"""Files of predictions, ours and those of the benchmarks, checked against the ids of the references.
+
+Rows of JSON lines, of a JSON list or of a table (TSV, CSV, XLSX, Parquet), by the pairs of columns of `FORMATS`; or
+one JSON object, of ids to answers.
+"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmcore.evaluation.scores import EvaluationError, write_whole
-from mmcore.evaluation.task import Example, read_json, sample_id
+from mmcore.evaluation.tables import read_rows
+from mmcore.evaluation.task import Example, sample_id
 
-# Keys of the id and of the text: `mmcore generate` writes the first pair, COCO's result lists have the second.
-FORMATS = (("id", "answer"), ("image_id", "caption"))
+# Columns of the id and of the text: `mmcore generate` writes the first pair, COCO's result lists have the second,
+# VQA's the third, LLaVA's answer files the fourth.
+FORMATS = (("id", "answer"), ("image_id", "caption"), ("question_id", "answer"), ("question_id", "text"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,18 +25,29 @@ class Predictions:
 
     answers: dict[str, str]
     """Id to answer, in the order of the references."""
-    num_empty: int
+    counts: dict[str, int]
+    """Of empty, repeated and missing ones."""
     notes: tuple[str, ...]
     """What was found and let pass."""
 
 
-def load_predictions(path: Path, ids: Sequence[str], references: Path) -> Predictions:
+def load_predictions(
+    path: Path,
+    ids: Sequence[str],
+    references: Path,
+    *,
+    formats: Sequence[tuple[str, str]] = FORMATS,
+    missing: Literal["refuse", "empty"] = "refuse",
+) -> Predictions:
     """Read predictions and see that they are those of the references.
 
     Args:
-        path: JSON lines or a JSON list.
+        path: see `read_predictions`.
         ids: of the references.
         references: their file, for messages.
+        formats: pairs of columns that the task's files can have.
+        missing: "empty" where the official scorer takes a sample without a prediction for a wrong one; some have to
+            be there all the same.
     Raises:
         ValueError: missing, unreadable, or in neither format.
         EvaluationError: ids are missing, foreign, or have two different answers.
@@ -38,22 +55,37 @@ def load_predictions(path: Path, ids: Sequence[str], references: Path) -> Predic
     answers: dict[str, str] = {}
     num_repeated = 0
     contradictory: dict[str, None] = {}
-    for name, answer in read_predictions(path):
+    for name, answer in read_predictions(path, formats):
         if name not in answers:
             answers[name] = answer
         elif answers[name] == answer:
             num_repeated += 1
         else:
             contradictory[name] = None
+    return match_answers(path, answers, ids, references, missing, num_repeated, list(contradictory))
+
+
+def match_answers(
+    path: Path,
+    answers: Mapping[str, str],
+    ids: Sequence[str],
+    references: Path,
+    missing: Literal["refuse", "empty"] = "refuse",
+    num_repeated: int = 0,
+    contradictory: Sequence[str] = (),
+) -> Predictions:
+    """See that answers are those of the references; arguments and errors as of `load_predictions`."""
     known = set(ids)
+    absent = [name for name in ids if name not in answers]
+    is_refused = missing == "refuse" or len(absent) == len(ids)
     findings = [
         f"{len(found)} {finding} ({_some(found)})"
         for finding, found in {
-            f"of {len(known)} samples have no prediction": [name for name in ids if name not in answers],
+            f"of {len(known)} samples have no prediction": absent if is_refused else [],
             f"of {len(answers)} predictions are for samples that the references do not have": [
                 name for name in answers if name not in known
             ],
-            "samples have two different predictions": list(contradictory),
+            "samples have two different predictions": contradictory,
         }.items()
         if found
     ]
@@ -62,14 +94,17 @@ def load_predictions(path: Path, ids: Sequence[str], references: Path) -> Predic
             f"{path} does not answer {references}: {'; '.join(findings)}. A score would be meaningless, so none is "
             "written: finish generating, or give the references that these predictions were made for"
         )
-    answers = {name: answers[name] for name in ids}
-    num_empty = sum(not answer.strip() for answer in answers.values())
+    found = {name: answers.get(name, "") for name in ids}
+    num_empty = sum(not answer.strip() for answer in found.values()) - len(absent)
     notes = []
     if num_repeated:
         notes.append(f"{num_repeated} predictions are there more than once, each with the same answer: counted once")
     if num_empty:
-        notes.append(f"{num_empty} of {len(answers)} answers are empty; they are scored like any other")
-    return Predictions(answers=answers, num_empty=num_empty, notes=tuple(notes))
+        notes.append(f"{num_empty} of {len(found)} answers are empty; they are scored like any other")
+    if absent:
+        notes.append(f"{len(absent)} of {len(found)} samples have no prediction ({_some(absent)}): they count as wrong")
+    counts = {"empty": num_empty, "missing": len(absent), "repeated": num_repeated}
+    return Predictions(answers=found, counts=counts, notes=tuple(notes))
 
 
 def write_predictions(path: Path, examples: Sequence[Example], answers: Sequence[str]) -> None:
@@ -85,43 +120,29 @@ def write_predictions(path: Path, examples: Sequence[Example], answers: Sequence
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def read_predictions(path: Path) -> Iterator[tuple[str, str]]:
+def read_predictions(path: Path, formats: Sequence[tuple[str, str]] = FORMATS) -> Iterator[tuple[str, str]]:
     """Yield (id, answer) row by row.
 
     Raises:
-        ValueError: missing, unreadable, or in neither format.
+        ValueError: missing, unreadable, or in none of the formats.
     """
-    for where, row in _rows(path):
-        pair = next((keys for keys in FORMATS if isinstance(row, dict) and row.keys() >= set(keys)), None)
-        if pair is None:
+    for where, row in read_rows(path, "predictions"):
+        pair = next((keys for keys in formats if isinstance(row, dict) and row.keys() >= set(keys)), None)
+        if pair:
+            yield sample_id(row[pair[0]], where), _answer(row[pair[1]], pair[1], where)
+        elif where == str(path) and not {name for name, _ in formats} & row.keys():  # one object, of ids to answers
+            yield from ((name, _answer(value, name, where)) for name, value in row.items())
+        else:
             found = f"has {', '.join(sorted(row)) or 'nothing'}" if isinstance(row, dict) else f"is {row!r:.80}"
-            raise ValueError(f"{where}: a prediction has id and answer, or image_id and caption; this one {found}")
-        answer = row[pair[1]]
-        if not isinstance(answer, str):
-            raise ValueError(f"{where}: {pair[1]} is a text, not {answer!r:.80}")
-        yield sample_id(row[pair[0]], where), answer
+            wanted = ", or ".join(" and ".join(keys) for keys in formats)
+            raise ValueError(f"{where}: a prediction has {wanted}; this one {found}")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (where it stands, content) of every row of a JSON list or of JSON lines."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            if file.read(1024).lstrip().startswith("["):
-                yield from ((f"{path} row {index}", row) for index, row in enumerate(read_json(path, "predictions")))
-                return
-            file.seek(0)
-            # Not splitlines(): it would also split at U+2028 and the like, inside of an answer.
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {number}", json.loads(line)
-    except OSError as error:
-        raise ValueError(f"predictions {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"predictions {path} is not UTF-8 text: byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} line {number} is not JSON ({error.msg}): predictions are JSON lines, or one JSON list"
-        ) from None
+def _answer(value: Any, name: str, where: str) -> str:
+    """An answer as text: tables hold a number as a number."""
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"{where}: {name} is a text, not {value!r:.80}")
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

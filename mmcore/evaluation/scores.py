@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mmcore.evaluation.confidence import Statistic, interval
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,25 +20,80 @@ class EvaluationError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What was made of one answer."""
+
+    id: str
+    score: float
+    """What it adds to the mean that the task is known by, or comes closest to that: 1 for right, 0 for wrong."""
+    answer: str
+    """As the model gave it."""
+    parsed: str = ""
+    """What the rule read in it, where that is not the answer itself; "" where it could read nothing."""
+    references: tuple[str, ...] = ()
+    """What is right."""
+    group: str = ""
+    """Subject, category or kind of question, where the benchmark tells them apart."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A part of the benchmark that is scored by itself."""
+
+    score: float
+    """On the scale of the task's metric."""
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
     """Result of one task on one file of predictions."""
 
-    score: float
+    metric: str
     """The number that the task is known by, one of `metrics`."""
-    num_samples: int
-    num_correct: int | None = None
-    """Samples that are right, where a sample is right or wrong."""
-    num_empty: int = 0
-    """Answers without text; they are scored like any other."""
     metrics: Mapping[str, float]
     scales: Mapping[str, str]
     """What each metric can be, such as "0 to 1" or "percent"."""
+    samples: Sequence[Sample]
+    """In the order of the references."""
+    num_samples: int | None = None
+    """That the metric is over, where these are not `samples` one by one (questions asked in several orders)."""
+    num_correct: int | None = None
+    """Likewise; by default the samples whose score is 1, where a sample is right or wrong."""
+    is_right_or_wrong: bool = False
+    """Whether every sample is."""
+    groups: Mapping[str, Mapping[str, Group]] = field(default_factory=dict)
+    """By kind, such as "subject", and by name."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What is not as it should be, by name: empty, missing, unparsed, fallback, repeated ..., also where it is 0."""
+    statistics: Mapping[str, Statistic] = field(default_factory=dict)
+    """Of metrics whose chance can be told."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """What could not be computed, and why."""
     scorer: Mapping[str, str] = field(default_factory=dict)
-    """Names and versions of what computed the metrics."""
+    """Names and versions of what computed the metrics, and the options that were chosen."""
     notes: tuple[str, ...] = ()
     """What a reader has to know to take the numbers for what they are."""
+
+    @property
+    def score(self) -> float:
+        return self.metrics[self.metric]
+
+    @property
+    def size(self) -> int:
+        """What the metric is over."""
+        return len(self.samples) if self.num_samples is None else self.num_samples
+
+    @property
+    def correct(self) -> int | None:
+        """Of them right; None where nothing is right or wrong."""
+        if self.num_correct is None and self.is_right_or_wrong:
+            return sum(sample.score == 1 for sample in self.samples)
+        return self.num_correct
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """See `mmcore.evaluation.confidence.interval`; of a single sample there is none."""
+        return {name: interval(statistic) for name, statistic in self.statistics.items() if len(statistic.rows) > 1}
 
 
 def as_json(task: str, scores: Scores, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -43,29 +101,36 @@ def as_json(task: str, scores: Scores, inputs: Mapping[str, Path]) -> dict[str, 
 
     Args:
         task: its name on the command line.
-        inputs: role ("predictions", "references") to file; they are hashed.
+        inputs: role ("predictions", "references") to file or folder; they are hashed.
     """
-    correct = {} if scores.num_correct is None else {"num_correct": scores.num_correct}
+    correct = {} if scores.correct is None else {"num_correct": scores.correct}
     return {
         "task": task,
         "score": scores.score,
-        "num_samples": scores.num_samples,
+        "num_samples": scores.size,
         **correct,
-        "num_empty": scores.num_empty,
+        "metric": scores.metric,
         "metrics": dict(scores.metrics),
+        "intervals": {name: list(pair) for name, pair in scores.intervals().items()},
         "scales": dict(scores.scales),
+        "groups": {kind: {name: asdict(group) for name, group in row.items()} for kind, row in scores.groups.items()},
+        "counts": dict(scores.counts),
         "skipped": dict(scores.skipped),
         "notes": list(scores.notes),
-        "scorer": dict(scores.scorer),
+        "scorer": {"mmcore": metadata.version("mmcore"), **scores.scorer},
         "inputs": {role: {"file": path.name, "sha256": sha256(path)} for role, path in inputs.items()},
     }
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Hex digest of a file; of a folder that of all its files' names and digests."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
+    if path.is_dir():
+        for file in sorted(item for item in path.rglob("*") if item.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
@@ -93,6 +158,11 @@ def write_whole(path: Path, content: bytes) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def shown(value: float, scale: str) -> str:
+    """A metric as people write it."""
+    return f"{value:.4f}" if scale.startswith("0 to 1") else f"{value:.2f}"
+
+
 def table(task: str, scores: Scores) -> "Table":
     """The scores for a terminal."""
     from rich.table import Table
@@ -100,13 +170,20 @@ def table(task: str, scores: Scores) -> "Table":
     rows = Table()
     rows.add_column(task)
     rows.add_column("value", justify="right")
+    rows.add_column("95 %", justify="right")
     rows.add_column("scale", style="dim")
+    intervals = scores.intervals()
     for name, value in scores.metrics.items():
-        rows.add_row(name, f"{value:.2f}" if scores.scales[name] == "percent" else f"{value:.4f}", scores.scales[name])
+        scale = scores.scales[name]
+        between = " to ".join(shown(end, scale) for end in intervals[name]) if name in intervals else ""
+        rows.add_row(name, shown(value, scale), between, scale)
     for name in scores.skipped:
-        rows.add_row(name, "-", "left out, see above", style="dim")
+        rows.add_row(name, "-", "", "left out, see above", style="dim")
     rows.add_section()
-    rows.add_row("samples", str(scores.num_samples))
-    if scores.num_correct is not None:
-        rows.add_row("right", str(scores.num_correct))
+    rows.add_row("samples", str(scores.size))
+    if scores.correct is not None:
+        rows.add_row("right", str(scores.correct))
+    for name, count in scores.counts.items():
+        if count:
+            rows.add_row(name, str(count))
     return rows

@@ -1,18 +1,22 @@
-"""What a benchmark is: one file that loads its examples, prompts for them, and scores the answers."""
+"""What a benchmark is: one file that loads its examples, prompts for them, and scores the answers.
+
+By default it scores as the official scorer does; what deviates from that has a name and is an option (`OPTIONS`).
+"""
 
 import importlib
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 from mmcore.checks import nearest
 from mmcore.config import EvalConfig
 from mmcore.evaluation.scores import Scores
 
-Tokenizer = Literal["auto", "ptb", "python", "none"]
+Options = Mapping[str, str]
+"""Of a task, by name, all of them; see `read_options`."""
 
 # A benchmark is a module with the functions of `Task`, imported when it is asked for.
 TASKS = {
@@ -26,42 +30,47 @@ class Example:
     """One thing to answer, and what would be right."""
 
     id: str
-    image: Path | None
     prompt: str
-    references: tuple[str, ...]
+    """With an image tag where a picture stands among the words; without any, pictures come first."""
+    images: tuple[Path | bytes, ...] = ()
+    """Files, or their contents where the benchmark's own file holds them."""
+    references: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    """Answers to choose among, as the model would write them; none if it answers freely."""
 
 
 class Task(Protocol):
-    """The two things that a benchmark's file does, and what is known of them beforehand."""
+    """The two things that a benchmark's file does, and what is known of them beforehand.
+
+    A task may also have `submission(predictions, references, output, options)`, which writes what the benchmark's
+    own server takes, for splits whose answers are not public.
+    """
 
     METRIC: str
     """The number that the task is known by, one of `SCALES`."""
     SCALES: Mapping[str, str]
     """All metrics, and what each can be; a machine may lack what one of them needs. More is better."""
-    TOKENIZERS: tuple[Tokenizer, ...]
-    """Those that `score` takes."""
+    OPTIONS: Mapping[str, tuple[str, ...]]
+    """Names of what can be chosen, with its values, of which the first is official and the default."""
 
-    def examples(self, data: Path, images: Path | None = None) -> list[Example]:
+    def examples(self, data: Path, images: Path | None = None, *, options: Options) -> list[Example]:
         """What a model is asked, in the file's order.
 
         Args:
             data: the benchmark's own file.
             images: folder of its pictures; by default `images` beside the file, or the file's folder.
+            options: as of `read_options`.
         Raises:
             ValueError: not this benchmark's format, or a picture is missing.
         """
 
     def score(
-        self,
-        predictions: Path,
-        references: Path,
-        *,
-        tokenizer: Tokenizer = "auto",
-        only: Collection[str] | None = None,
+        self, predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None
     ) -> Scores:
         """Score a file of predictions against the benchmark's own file; the pictures are not needed.
 
         Args:
+            options: as of `read_options`.
             only: ids of the references that count; by default all.
         Raises:
             ValueError: a file is missing, unreadable or in another format.
@@ -89,12 +98,30 @@ def load_task(name: str) -> Task:
     return cast(Task, importlib.import_module(TASKS[check_task(name)]))
 
 
+def read_options(task: str, given: Iterable[str] = (), flag: str = "--options") -> dict[str, str]:
+    """All options of a task: those that are given, as name=value, and the defaults of the others.
+
+    Raises:
+        ValueError: no such option, or it has no such value; names the nearest.
+    """
+    known = load_task(task).OPTIONS
+    options = {name: values[0] for name, values in known.items()}
+    for entry in given:
+        name, _, value = entry.partition("=")
+        if name not in known:
+            has = ", ".join(f"{name}={'|'.join(values)}" for name, values in known.items()) or "none"
+            raise ValueError(f"{flag} {entry}: {task} has no option {name!r}{nearest(name, known)} (it has {has})")
+        if value not in known[name]:
+            raise ValueError(f"{flag} {entry}: {name} of {task} is {' or '.join(known[name])}")
+        options[name] = value
+    return options
+
+
 def check_eval(config: EvalConfig) -> None:
     """Find what is wrong with a run's evaluation before there is a model.
 
     Raises:
-        ValueError: no such task, metric or file, a tokenizer that the task does not take, or examples that lack a
-            picture or a reference.
+        ValueError: no such task, metric, option or file, or examples that lack a picture or a reference.
     """
     task = load_task(config.task)
     if config.metric and config.metric not in task.SCALES:
@@ -102,8 +129,7 @@ def check_eval(config: EvalConfig) -> None:
             f"--eval.metric {config.metric}: {config.task} has no such metric{nearest(config.metric, task.SCALES)} (it "
             f"has {', '.join(task.SCALES)})"
         )
-    if config.tokenizer not in task.TOKENIZERS:
-        raise ValueError(f"--eval.tokenizer {config.tokenizer}: {config.task} takes {', '.join(task.TOKENIZERS)}")
+    read_options(config.task, config.options, "--eval.options")
     if not Path(config.data).is_file():
         raise ValueError(f"--eval.data {config.data} is not there: give the file of {config.task}'s examples")
     bare = [example.id for example in chosen_examples(replace(config, num_samples=0)) if not example.references]
@@ -115,7 +141,9 @@ def check_eval(config: EvalConfig) -> None:
 
 def chosen_examples(config: EvalConfig) -> list[Example]:
     """The examples that a run is scored on, in the file's order: the same ones at every step and of every run."""
-    examples = load_task(config.task).examples(Path(config.data), Path(config.images) if config.images else None)
+    options = read_options(config.task, config.options, "--eval.options")
+    images = Path(config.images) if config.images else None
+    examples = load_task(config.task).examples(Path(config.data), images, options=options)
     count = min(config.num_samples or len(examples), len(examples))
     return [examples[index] for index in sorted(random.Random(0).sample(range(len(examples)), count))]
 
@@ -154,8 +182,8 @@ def sample_id(value: Any, where: str) -> str:
     raise ValueError(f"{where}: an id is a number or a text, not {value!r}")
 
 
-def find_images(data: Path, images: Path | None, names: Sequence[str | None]) -> list[Path | None]:
-    """Paths of the pictures that the rows of `data` name, None where a row has none.
+def find_images(data: Path, images: Path | None, names: Sequence[str | None]) -> list[tuple[Path, ...]]:
+    """Paths of the pictures that the rows of `data` name, of each row one, or none where it names none.
 
     Raises:
         ValueError: one is not there; names the file, the row and how many there are.
@@ -171,4 +199,4 @@ def find_images(data: Path, images: Path | None, names: Sequence[str | None]) ->
             f"{data}: {len(missing)} of {len(named)} pictures are missing, the first is {path} of row {row} (from 0): "
             "--images (of `mmcore train` --eval.images) names the folder that they lie in"
         )
-    return [None if name is None else folder / name for name in names]
+    return [() if name is None else (folder / name,) for name in names]

@@ -1,6 +1,7 @@
 """What a task asks, as the model takes it, and what the model answers, as text."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ def layout(example: Example, tokenizer: Tokenizer, architecture: Architecture, *
     """
     pictures = Pictures(**architecture.picture_options())
     try:
-        files = [example.image.read_bytes()] if example.image else []
+        files = [image.read_bytes() if isinstance(image, Path) else image for image in example.images]
         ids = [pictures.ids(data, tokenizer) for data in files]
         encoded = pictures.encode(files) if has_pixels else None
     except (OSError, ValueError) as error:
-        raise ValueError(f"picture {example.image} of example {example.id}: {error}") from None
+        names = ", ".join(str(image) for image in example.images if isinstance(image, Path))
+        raise ValueError(f"picture {names} of example {example.id}: {error}") from None
     tokens = encode_prompt(
         example.prompt,
         tokenizer,

@@ -164,15 +164,13 @@ class Metrics:
             metric: the one that checkpoints are compared by.
             is_best: whether it is the best of the run so far.
         """
-        row = {"step": step, "task": task, "num_samples": scores.num_samples, "metrics": dict(scores.metrics)}
+        row = {"step": step, "task": task, "num_samples": scores.size, "metrics": dict(scores.metrics)}
         with self.scores_log.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._write(step, {f"scores/{name}": value for name, value in scores.metrics.items()})
         value = f"{scores.metrics[metric]:.4f}" if metric in scores.metrics else "-"
         best = ", the best so far" if is_best else ""
-        self.say(
-            f"step {step:>6}/{self.config.train.steps} | {task} {metric} {value} of {scores.num_samples} samples{best}"
-        )
+        self.say(f"step {step:>6}/{self.config.train.steps} | {task} {metric} {value} of {scores.size} samples{best}")
 
     def leave_out(self) -> None:
         """Count the time since the last step to no step, nor to the samples and tokens per second."""

@@ -22,7 +22,7 @@ from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.tokenizer import load_tokenizer
 from mmcore.evaluation.predictions import write_predictions
 from mmcore.evaluation.scores import Scores, as_json, write_json
-from mmcore.evaluation.task import chosen_examples, load_task
+from mmcore.evaluation.task import chosen_examples, load_task, read_options
 from mmcore.inference.answers import answer_texts, layout
 from mmcore.inference.generator import share
 from mmcore.models.architecture import Architecture
@@ -52,6 +52,7 @@ class Scoring:
         self.config, self.metrics, self.conversation = config.eval, metrics, architecture.conversation
         self.steps, self.run = config.train.steps, Path(config.checkpoint.save)
         self.task = load_task(self.config.task)
+        self.options = read_options(self.config.task, self.config.options)
         self.metric = self.config.metric or self.task.METRIC
         self.tokenizer = load_tokenizer(source / TOKENIZER_DIR)
         self.examples = chosen_examples(self.config)
@@ -133,7 +134,7 @@ class Scoring:
             write_predictions(predictions, self.examples, answers)
             try:
                 only = {example.id for example in self.examples}
-                scores = self.task.score(predictions, references, tokenizer=self.config.tokenizer, only=only)
+                scores = self.task.score(predictions, references, options=self.options, only=only)
                 inputs = {"predictions": predictions, "references": references}
                 write_json(folder / "scores.json", as_json(self.config.task, scores, inputs))
                 self.result = scores

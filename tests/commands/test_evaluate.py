@@ -77,7 +77,7 @@ def test_captions_without_java_go_on_and_say_so(files):
     assert scores["score"] == scores["metrics"]["CIDEr"] > 0
     assert list(scores["metrics"]) == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"]
     assert "num_correct" not in scores
-    assert scores["scorer"] == {"pycocoevalcap": "1.2", "tokenizer": "python"}
+    assert scores["scorer"] == {"mmcore": "0.1.0", "pycocoevalcap": "1.2", "tokenizer": "python"}
     assert set(scores["skipped"]) == {"METEOR", "PTB tokenizer"}
     assert "METEOR left out: no Java runtime" in done.stderr
     assert "PTB tokenizer left out: no Java runtime" in done.stderr

@@ -38,8 +38,8 @@ def test_answers_end_where_the_template_ends_them(
         monkeypatch.setattr(f"mmcore.{name}", MagicMock())
     monkeypatch.setattr("mmcore.distributed.data_parallel_size", lambda: 1)
     examples = [
-        Example(id="a", prompt="What?", image=tmp_path / "picture.png", references=()),
-        Example(id="b", prompt="What?", image=None, references=()),
+        Example(id="a", prompt="What?", images=(tmp_path / "picture.png",)),
+        Example(id="b", prompt="What?"),
     ]
     config = GenerateConfig(checkpoint=tmp_path, task="coco", data=tmp_path, output=tmp_path / "out")
     architecture = replace(tiny.architecture(), conversation=conversation, image_token_id=1 << 20)
@@ -55,7 +55,7 @@ def test_pictures_are_cut_as_in_training(tmp_path: Path) -> None:
     spaced(tmp_path / TOKENIZER_DIR, SPECIAL)
     (tmp_path / "picture.png").write_bytes(picture(0, (60, 21)))
     tokenizer = load_tokenizer(tmp_path / TOKENIZER_DIR)
-    example = Example(id="a", prompt="What?", image=tmp_path / "picture.png", references=())
+    example = Example(id="a", prompt="What?", images=(tmp_path / "picture.png",))
     architecture = replace(tiny.architecture(), conversation="vicuna_v1", image_token_id=1 << 20)
     tilings = {
         "anyres": {"grid_pinpoints": ((16, 32), (32, 16))},

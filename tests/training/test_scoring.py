@@ -291,7 +291,7 @@ def test_some_of_the_examples(root: Path) -> None:
     names = {example.id for example in chosen}
     path = root / "some.jsonl"
     path.write_text("".join(json.dumps({"id": name, "answer": "x"}) + "\n" for name in names))
-    assert exact_match.score(path, root / "data.json", only=names).num_samples == 3
+    assert exact_match.score(path, root / "data.json", options={}, only=names).size == 3
     assert len(chosen_examples(replace(some, num_samples=99))) == EXAMPLES
 
 
@@ -300,12 +300,12 @@ def test_some_of_the_examples(root: Path) -> None:
     [
         ({"task": "exact_match"}, r"no task 'exact_match', did you mean 'exact-match'"),
         ({"metric": "CIDEr"}, r"--eval.metric CIDEr: exact-match has no such metric \(it has exact_match\)"),
-        ({"tokenizer": "ptb"}, "--eval.tokenizer ptb: exact-match takes auto"),
+        ({"options": ("tokenizer=ptb",)}, "--eval.options tokenizer=ptb: exact-match has no option 'tokenizer'"),
         ({"data": "absent.json"}, "--eval.data .*absent.json is not there"),
         ({"images": "tokenizer"}, "6 of 6 pictures are missing"),
     ],
 )
-def test_mistakes_are_found_before_there_is_a_model(root: Path, options: dict[str, str], message: str) -> None:
+def test_mistakes_are_found_before_there_is_a_model(root: Path, options: dict[str, Any], message: str) -> None:
     paths = {key: str(root / value) for key, value in options.items() if key in ("data", "images")}
     given = {"task": "exact-match", "data": str(root / "data.json"), "interval": 1, **options, **paths}
     with pytest.raises(ValueError, match=message):

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
+from mmcore.evaluation.confidence import Statistic, mean
 from mmcore.evaluation.scores import EvaluationError
 
-if TYPE_CHECKING:
-    from mmcore.evaluation.task import Tokenizer
+Tokenizer = Literal["auto", "ptb", "python", "none"]
 
 # Whatever some reader on the way (Python, Java's tokenizer, Java's line reader) takes for the end of a line.
 LINE_BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
@@ -55,13 +55,17 @@ class CaptionScores:
     """Metrics of all captions together, pycocoevalcap's numbers as they are."""
 
     metrics: dict[str, float]
+    statistics: dict[str, Statistic]
+    """Of the means, ROUGE-L and CIDEr; of CIDEr with words weighed as in all the references."""
+    cider: dict[str, float]
+    """Of each caption, by id."""
     skipped: dict[str, str]
     scorer: dict[str, str]
     notes: tuple[str, ...]
 
 
 def score_captions(
-    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: "Tokenizer" = "auto"
+    candidates: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: Tokenizer = "auto"
 ) -> CaptionScores:
     """Compute all metrics that this machine can.
 
@@ -102,8 +106,8 @@ def score_captions(
         truth[name] = [next(tokens) for _ in references[name]]
 
     bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
-    rouge, _ = Rouge().compute_score(truth, result)
-    cider, _ = Cider().compute_score(truth, result)
+    rouge, rouges = Rouge().compute_score(truth, result)
+    cider, ciders = Cider().compute_score(truth, result)
     metrics = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
     try:
         metrics["METEOR"] = meteor([(texts[0], truth[name]) for name, texts in result.items()], problem)
@@ -113,7 +117,14 @@ def score_captions(
 
     notes = [f"{name} left out: {reason}" for name, reason in skipped.items()]
     scorer = {"pycocoevalcap": metadata.version("pycocoevalcap"), "tokenizer": chosen}
-    return CaptionScores(metrics=metrics, skipped=skipped, scorer=scorer, notes=tuple(notes))
+    return CaptionScores(
+        metrics=metrics,
+        statistics={"ROUGE_L": mean(rouges, 1.0), "CIDEr": mean(ciders, 1.0)},
+        cider=dict(zip(result, map(float, ciders), strict=True)),
+        skipped=skipped,
+        scorer=scorer,
+        notes=tuple(notes),
+    )
 
 
 def sanitise(text: str) -> str:
