@@ -142,20 +142,57 @@ def encode_prompt(
 ) -> list[int]:
     """Lay out one question up to where its answer starts: the head of what training lays out.
 
-    Pictures stand where the question has its tags, or first if it has none; they and image_token_id
-    are as in `encode_conversation`.
+    Pictures stand as in `with_tags`; they and image_token_id are as in `encode_conversation`.
 
     Raises:
         ValueError: unknown template, a control token that the tokenizer lacks, or another number of
             tags than of pictures.
     """
+    turns = [Turn("user", with_tags(question, len(pictures)))]
+    return encode_turns(turns, tokenizer, template, pictures=pictures, image_token_id=image_token_id)
+
+
+def with_tags(question: str, num_pictures: int) -> str:
+    """A question with its pictures' tags: where it has them, or first if it has none.
+
+    Raises:
+        ValueError: another number of tags than of pictures.
+    """
     if IMAGE_TAG not in question:
-        question = f"{IMAGE_TAG}\n" * len(pictures) + question
-    if (num_tags := question.count(IMAGE_TAG)) != len(pictures):
-        raise ValueError(f"the question has {num_tags} {IMAGE_TAG} for {len(pictures)} pictures: {question[:80]!r}")
+        question = f"{IMAGE_TAG}\n" * num_pictures + question
+    if (num_tags := question.count(IMAGE_TAG)) != num_pictures:
+        raise ValueError(f"the question has {num_tags} {IMAGE_TAG} for {num_pictures} pictures: {question[:80]!r}")
+    return question
+
+
+def encode_turns(
+    turns: Sequence[Turn],
+    tokenizer: Tokenizer,
+    template: str,
+    *,
+    pictures: Sequence[Sequence[int]],
+    image_token_id: int,
+) -> list[int]:
+    """Lay out a conversation up to where the answer to its last question starts: the head of what training lays out.
+
+    Args:
+        turns: questions and answers in turn, a question last; a system text may open them.
+        pictures, image_token_id: as in `encode_conversation`.
+    Raises:
+        ValueError: other turns, unknown template, a control token that the tokenizer lacks, or another
+            number of tags than of pictures.
+    """
+    talk = turns[1:] if turns and turns[0].role == "system" else turns
+    if [turn.role for turn in talk] != [*["user", "assistant"] * (len(talk) // 2), "user"]:
+        roles = ", ".join(turn.role for turn in turns) or "none"
+        raise ValueError(
+            "a conversation is at most one system text, then questions of the user and answers of the assistant in "
+            f"turn, a question last; these turns are of: {roles}"
+        )
     found = find_template(template)
     write = Writer(tokenizer=tokenizer, image_token_id=image_token_id, end_id=found.end_id(tokenizer))
-    return _joined(found.lay_out([Turn("user", question)], write), pictures, image_token_id).ids.tolist()
+    *head, _ = found.lay_out([*turns, Turn("assistant", "")], write)  # every template ends with the answer
+    return _joined(head, pictures, image_token_id).ids.tolist()
 
 
 class _Joined(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from mmcore.data.conversation import encode_conversation, encode_prompt
+from mmcore.data.conversation import encode_conversation, encode_prompt, encode_turns, with_tags
 from mmcore.data.templates import QWEN_SYSTEM, TEMPLATES, VICUNA_SYSTEM, Turn, find_template
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.vocabularies import byte_level, spaced
@@ -255,10 +255,53 @@ def test_a_prompt_is_the_head_of_what_is_trained(
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("system", [None, "", "Be brief."])
+@pytest.mark.parametrize(
+    ("texts", "num_images"),
+    [
+        (["What?"], 0),
+        (["<image>\nWhat?", "A cat.", "Why?"], 1),
+        (["<image>\nWhat?", " A cat.\n", "Is <image> like\n<image>?", "", HOSTILE[0]], 3),
+        ([HOSTILE[1], HOSTILE[2], "And <image>", HOSTILE[3], "What?\n<image>", "No.", "Why"], 2),
+    ],
+)
+def test_turns_are_the_head_of_what_is_trained(
+    tokenizer: Tokenizer, name: str, system: str | None, texts: list[str], num_images: int
+) -> None:
+    prompt = encode_turns(turns(texts, system), tokenizer, name, **sizes(num_images))
+    assert prompt.count(PICTURE[0]) == 3 * num_images
+    for answer in ("A cat.", " \nA cat", HOSTILE[3]):
+        encoded = encode_conversation(turns([*texts, answer], system), tokenizer, name, **sizes(num_images))
+        assert whole(encoded)[: len(prompt)] == prompt
+        behind = encoded.loss_mask[len(prompt) - 1 :]  # the last answer, to its end, is all that follows
+        assert behind == [1.0] * len(behind) and not any(encoded.loss_mask[len(prompt) - 2 : len(prompt) - 1])
+
+
+def test_turns_have_the_published_ids(family: Any) -> None:
+    name, tokenizer, official = family
+    talk = turns([*TALKS[1][:4], "And?"], "Be brief.")
+    prompt = encode_turns(talk, tokenizer, name, **sizes(0))
+    assert prompt == templated(official, talk, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("roles", ["", "system", "assistant", "user user", "user assistant", "user system user"])
+def test_turns_that_no_answer_follows(tokenizer: Tokenizer, roles: str) -> None:
+    talk: list[Any] = [Turn(role, "text") for role in roles.split()]  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"a question last; these turns are of: {', '.join(roles.split()) or 'none'}"):
+        encode_turns(talk, tokenizer, "vicuna_v1", **sizes(0))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("num_images", [0, 1, 3])
 def test_a_prompt_has_as_many_tags_as_pictures(tokenizer: Tokenizer, name: str, num_images: int) -> None:
     with pytest.raises(ValueError, match=f"2 <image> for {num_images} pictures"):
         encode_prompt("<image> <image>", tokenizer, name, **sizes(num_images))
+
+
+def test_pictures_stand_where_the_tags_are_or_first() -> None:
+    assert with_tags("What?", 0) == "What?"
+    assert with_tags("What?", 2) == "<image>\n<image>\nWhat?"
+    assert with_tags("Is <image> this?", 1) == "Is <image> this?"
 
 
 def test_pictures_of_llava_keep_their_line_break(tokenizer: Tokenizer) -> None:
