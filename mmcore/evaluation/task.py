@@ -22,6 +22,7 @@ Options = Mapping[str, str]
 TASKS = {
     "coco": "mmcore.evaluation.coco",
     "exact-match": "mmcore.evaluation.exact_match",
+    "mme": "mmcore.evaluation.mme",
 }
 
 
