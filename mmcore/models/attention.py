@@ -22,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 class CoreAttention(MegatronModule):
     """Drop-in for `DotProductAttention` and, where they overlap, for `TEDotProductAttention`.
 
-    Grouped queries, causal, bidirectional and sliding-window masks, a key-value cache, packed sequences.
+    Grouped queries, causal, bidirectional and sliding-window masks, packed sequences. Tokens that come one by one are
+    the matter of `mmcore.models.cache`.
     """
 
     def __init__(
@@ -39,8 +40,7 @@ class CoreAttention(MegatronModule):
         assert config.attention_dropout == 0.0, "attention dropout is not part of these models"
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale
-        # mcore counts the tokens to the left of a token; here the token itself is one of the window's.
-        self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.window = window(config)
 
     def forward(
         self,
@@ -55,16 +55,15 @@ class CoreAttention(MegatronModule):
         """Attend.
 
         Args:
-            query: [sq, b, np, hn], or [t, np, hn] when packed.
-            key, value: [sk, b, ng, hn], or [t, ng, hn] when packed.
-            attention_mask: bool [b, 1, sq, sk], True where a key must not be seen; when given it
+            query: [s, b, np, hn], or [t, np, hn] when packed.
+            key, value: [s, b, ng, hn], or [t, ng, hn] when packed.
+            attention_mask: bool [b, 1, s, s], True where a key must not be seen; when given it
                 is the whole mask. No row may be all True: its softmax has no value.
-            attn_mask_type: not used: without attention_mask the layer's own holds, for queries that are the
-                newest of the keys.
+            attn_mask_type: not used: without attention_mask the layer's own holds.
             packed_seq_params: boundaries of packed sequences; attention never crosses them. Under context parallelism
                 those of the whole row, of which this rank has the part that `mmcore.data.context` says.
         Returns:
-            [sq, b, np * hn], or [t, np * hn] when packed.
+            [s, b, np * hn], or [t, np * hn] when packed.
         """
         assert attention_bias is None
         if packed_seq_params is not None:
@@ -72,23 +71,20 @@ class CoreAttention(MegatronModule):
             return (self._cut if is_cut else self._packed)(query, key, value, packed_seq_params)
         assert self.config.context_parallel_size == 1, "context parallelism is for packed sequences"
         query, key, value = (part.permute(1, 2, 0, 3) for part in (query, key, value))  # [b, heads, s, hn]
-        # mcore asks for no mask once there is a cache; a window still hides what it has left behind.
-        causal = self.attn_mask_type == AttnMaskType.causal
         if attention_mask is not None:
-            context = self._attend(query, key, value, attn_mask=~attention_mask)
+            context = attend(query, key, value, self.softmax_scale, attn_mask=~attention_mask)
         else:
-            context = self._attend(query, key, value, **self._mask(query, key, causal))
-        return context.permute(2, 0, 1, 3).flatten(2)  # [sq, b, np * hn]
+            context = attend(query, key, value, self.softmax_scale, **self._mask(query))
+        return context.permute(2, 0, 1, 3).flatten(2)  # [s, b, np * hn]
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         assert packed.cu_seqlens_q is not None and torch.equal(packed.cu_seqlens_q, packed.cu_seqlens_kv)
-        causal = self.attn_mask_type == AttnMaskType.causal
         lengths = packed.cu_seqlens_q.diff().tolist()
         segments = zip(*(part.transpose(0, 1).split(lengths, dim=1) for part in (query, key, value)), strict=True)
         contexts = []
         for segment in segments:
             query_, key_, value_ = (part[None] for part in segment)  # [1, heads, s, hn]
-            contexts.append(self._attend(query_, key_, value_, **self._mask(query_, key_, causal))[0])
+            contexts.append(attend(query_, key_, value_, self.softmax_scale, **self._mask(query_))[0])
         return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)  # [t, np * hn]
 
     def _cut(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
@@ -105,25 +101,38 @@ class CoreAttention(MegatronModule):
             place = torch.arange(len(query_), device=query.device)
             position = place + torch.where(place < chunk, rank, 2 * size - 2 - rank) * chunk
             seen = position[:, None] >= torch.arange(len(query_) * size, device=query.device)  # [sq, sk]
-            whole = (_in_order(part).transpose(0, 1)[None] for part in (key_, value_))  # [1, ng, sk, hn]
-            contexts.append(self._attend(query_.transpose(0, 1)[None], *whole, attn_mask=seen)[0])
+            key_, value_ = (_in_order(part).transpose(0, 1)[None] for part in (key_, value_))  # [1, ng, sk, hn]
+            query_ = query_.transpose(0, 1)[None]  # [1, np, sq, hn]
+            contexts.append(attend(query_, key_, value_, self.softmax_scale, attn_mask=seen)[0])
         return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)  # [t, np * hn]
 
-    def _mask(self, query: Tensor, key: Tensor, causal: bool) -> dict[str, Any]:
-        """How torch is told what a query may see: the queries are the newest of the keys."""
-        queries, keys = query.shape[2], key.shape[2]
-        window = keys if self.window is None else self.window
-        if not causal or (queries in (1, keys) and keys <= window):
-            # One query is the newest of a cache: it may see every key.
-            return {"is_causal": causal and queries > 1}
-        position = torch.arange(keys, device=key.device)
-        distance = position[keys - queries :, None] - position  # [sq, sk]
-        return {"attn_mask": (distance >= 0) & (distance < window)}
+    def _mask(self, query: Tensor) -> dict[str, Any]:
+        return causal_mask(query, self.window) if self.attn_mask_type == AttnMaskType.causal else {}
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **mask: Any) -> Tensor:
-        """[b, np, sq, hn] from heads-first tensors."""
-        grouped = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(query, key, value, scale=self.softmax_scale, enable_gqa=grouped, **mask)
+
+def window(config: TransformerConfig) -> int | None:
+    """Tokens that a token sees, itself included; None: all before it. mcore counts those to its left alone."""
+    return None if config.window_size is None else config.window_size[0] + 1
+
+
+def causal_mask(query: Tensor, window: int | None) -> dict[str, Any]:
+    """How torch is told that a token sees no later ones, nor those that a window has left behind.
+
+    Args:
+        query: [b, np, s, hn], as are the keys.
+    """
+    s = query.shape[2]
+    if window is None or s <= window:
+        return {"is_causal": s > 1}
+    position = torch.arange(s, device=query.device)
+    distance = position[:, None] - position  # [sq, sk]
+    return {"attn_mask": (distance >= 0) & (distance < window)}
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, softmax_scale: float | None = None, **mask: Any) -> Tensor:
+    """[b, np, sq, hn] from heads-first tensors."""
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, scale=softmax_scale, enable_gqa=grouped, **mask)
 
 
 def _in_order(parts: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, finfo
 
 from mmcore import host
 from mmcore.models.architecture import LanguageArch
+from mmcore.models.cache import KeyValueCache
 from mmcore.models.chunks import chunk_rows, in_chunks
 from mmcore.models.kernels import Backend, language_fusions
 from mmcore.models.pipeline import split_layers
@@ -63,7 +64,7 @@ class LanguageModel(GPTModel):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        inference_context: Any = None,
+        inference_context: KeyValueCache | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Run this stage.
@@ -74,7 +75,7 @@ class LanguageModel(GPTModel):
             labels: int64 [b, s]; with them the losses come back.
             positions: int64 [t], positions in the flattened [b * s] whose logits are wanted; all if None.
             attention_mask: bool [b, 1, s, s], True where a key must not be seen; None is causal.
-            inference_context: mcore's key-value cache.
+            inference_context: keys and values so far, for a row [1, s] as `KeyValueCache.begin` lays it out.
         Returns:
             Hidden states [s, b, h] on all stages but the last, of this rank's part of s under sequence
             parallelism; there losses float32 [t], or logits
@@ -84,15 +85,11 @@ class LanguageModel(GPTModel):
             decoder_input = scatter_to_sequence_parallel_region(decoder_input)  # [s / tp, b, h]
         if decoder_input is not None:
             decoder_input = begin_graph(decoder_input, self.config)
-        rotary_seq_len = self.rotary_pos_emb.get_rotary_seq_len(
-            inference_context, self.decoder, decoder_input, self.config, packed_seq_params
-        )
         hidden = self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
-            inference_context=inference_context,
-            rotary_pos_emb=self.rotary_pos_emb(rotary_seq_len, packed_seq=packed_seq_params is not None),
-            packed_seq_params=packed_seq_params,
+            rotary_pos_emb=self._rotary(decoder_input, inference_context, packed_seq_params),
+            packed_seq_params=inference_context or packed_seq_params,
         )  # [s, b, h]
         if not self.post_process:
             return hidden
@@ -107,6 +104,16 @@ class LanguageModel(GPTModel):
         labels = labels.flatten() if positions is None else labels.flatten()[positions]
         width = self.output_layer.output_size_per_partition
         return in_chunks(self._losses, chunk_rows(width), hidden, labels)  # [t]
+
+    def _rotary(
+        self, decoder_input: Tensor | None, cache: KeyValueCache | None, packed_seq_params: PackedSeqParams | None
+    ) -> Any:
+        if cache is not None:
+            return cache.rotary(self.rotary_pos_emb)
+        length = self.rotary_pos_emb.get_rotary_seq_len(
+            None, self.decoder, decoder_input, self.config, packed_seq_params
+        )
+        return self.rotary_pos_emb(length, packed_seq=packed_seq_params is not None)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[t, h] -> [t, 1, vocabulary / tp]."""

@@ -35,18 +35,12 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         """Whether the frequencies depend on the sequence's length."""
         return self.arch.rotary_scaling is not None and self.arch.rotary_scaling.rope_type == "dynamic"
 
-    def get_rotary_seq_len(self, inference_context: Any, transformer: Any, transformer_input: Any, *rest: Any) -> int:
-        """Positions that are needed, on every pipeline stage.
+    def frequencies(self, length: int) -> Tensor:
+        """Radians per position [channels / 2] in a sequence of a length, of which only dynamic scaling asks.
 
-        With dynamic frequencies these are the ones so far: what is kept free in a cache for tokens
-        to come must not stretch those that are there. mcore's cache holds keys as they are before the
-        rotation, so all of them get the frequencies of the length that is reached.
+        With it all tokens get the frequencies of the length that is reached, those too that came before.
         """
-        length: int = super().get_rotary_seq_len(inference_context, transformer, transformer_input, *rest)
-        if not self.is_dynamic or inference_context is None:
-            return length
-        hidden = transformer_input if transformer.pre_process else transformer.input_tensor  # [s, b, h]
-        return int(inference_context.sequence_len_offset + hidden.shape[0])
+        return inverse_frequencies(self.arch, length) if self.is_dynamic else self.inv_freq
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """Angles [s, 1, 1, channels]."""

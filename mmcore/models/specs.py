@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from mmcore.models.attention import CoreAttention
+from mmcore.models.cache import with_cache
 from mmcore.models.fp8 import FP8
 from mmcore.models.kernels import Backend, swiglu, with_bias_inside
 from mmcore.models.recompute import RecomputableMLP
@@ -100,7 +101,7 @@ def layer_spec(
                 module=SelfAttention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=linear_qkv, core_attention=core_attention, linear_proj=linear_proj
+                    linear_qkv=linear_qkv, core_attention=with_cache(core_attention), linear_proj=linear_proj
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

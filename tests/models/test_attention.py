@@ -1,16 +1,16 @@
-"""CoreAttention against a few lines of softmax, packed against one by one, cached against whole."""
+"""CoreAttention against a few lines of softmax, packed against one by one, a window over the cache against whole."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mmcore.config import ParallelConfig
 from mmcore.models.attention import CoreAttention
+from mmcore.models.cache import KeyValueCache
 from tests import ranks, tiny
 
 
@@ -53,32 +53,22 @@ def test_bidirectional() -> None:
     torch.testing.assert_close(attention(AttnMaskType.no_mask)(query, key, value, None), expected)
 
 
-def test_newest_query_sees_the_whole_cache() -> None:
-    query, key, value = qkv(1, 7)
-    expected = by_hand(query, key, value, torch.zeros(1, 7, dtype=torch.bool))
-    torch.testing.assert_close(attention(AttnMaskType.causal)(query, key, value, None), expected)
-
-
-def unseen(queries: int, keys: int, window: int) -> torch.Tensor:
-    """What a window and the future hide, one pair at a time; the queries are the newest of the keys."""
-    hidden = torch.ones(queries, keys, dtype=torch.bool)
-    for query in range(queries):
-        here = keys - queries + query
-        for key in range(max(0, here - window + 1), here + 1):
+def unseen(length: int, window: int) -> torch.Tensor:
+    """What a window and the future hide, one pair at a time."""
+    hidden = torch.ones(length, length, dtype=torch.bool)
+    for query in range(length):
+        for key in range(max(0, query - window + 1), query + 1):
             hidden[query, key] = False
     return hidden
 
 
-# The whole sequence at once; one new token over a cache; several.
-@pytest.mark.parametrize(("queries", "keys"), [(7, 7), (1, 7), (3, 7)])
 @pytest.mark.parametrize("window", [1, 3, 6, 7, 8, None])
-def test_sliding_window(queries: int, keys: int, window: int | None) -> None:
-    query, key, value = qkv(queries, keys)
-    hidden = unseen(queries, keys, keys if window is None else window)
-    expected = by_hand(query, key, value, hidden)
+def test_sliding_window(window: int | None) -> None:
+    query, key, value = qkv(7, 7)
+    expected = by_hand(query, key, value, unseen(7, window or 7))
     torch.testing.assert_close(attention(AttnMaskType.causal, window)(query, key, value, None), expected)
-    if window is not None and window < keys:
-        without = by_hand(query, key, value, unseen(queries, keys, keys))
+    if window is not None and window < 7:
+        without = by_hand(query, key, value, unseen(7, 7))
         assert not torch.allclose(expected, without), "the window hides nothing: the test would see nothing"
 
 
@@ -90,7 +80,7 @@ def test_a_window_counts_within_packed_sequences() -> None:
     )
     hidden = torch.ones(10, 10, dtype=torch.bool)
     for first, last in ((0, 3), (3, 4), (4, 10)):
-        hidden[first:last, first:last] = unseen(last - first, last - first, 4)
+        hidden[first:last, first:last] = unseen(last - first, 4)
     expected = by_hand(*(part[:, None] for part in (query, key, value)), hidden)[:, 0]
     found = attention(AttnMaskType.causal, window=4)(query, key, value, None, packed_seq_params=packed)
     torch.testing.assert_close(found, expected)
@@ -132,12 +122,10 @@ def cached_and_whole(window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     language = replace(tiny.LANGUAGE, sliding_window=window)
     model = tiny.build(ParallelConfig(), arch=replace(tiny.architecture(), language=language)).eval()
     tokens = torch.randint(0, 150, (1, 12), generator=torch.Generator().manual_seed(0))
-    context, cached, whole = StaticInferenceContext(1, 16), [], []
+    cache, cached, whole = KeyValueCache(1, 16), [], []
     for first, last in [(0, 4), *((n, n + 1) for n in range(4, 12))]:
-        newest = torch.tensor([last - first - 1])
-        cached.append(model(tokens[:, first:last], positions=newest, inference_context=context)[0])
-        context.sequence_len_offset += last - first
-        context.enable_decode_mode()
+        cache.begin([] if first else [last])
+        cached.append(model(tokens[:, first:last], positions=cache.last, inference_context=cache)[0])
         whole.append(model(tokens[:, :last])[-1])
     return torch.stack(cached), torch.stack(whole)
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -13,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from mmcore.config import ParallelConfig
 from mmcore.inference.generator import Prompt, generate
 from mmcore.models.architecture import LanguageArch, RotaryScaling
+from mmcore.models.cache import KeyValueCache
 from mmcore.models.rotary import ScaledRotaryEmbedding, inverse_frequencies
 from tests import ranks, tiny
 
@@ -141,14 +141,12 @@ NEW = 12
 def cached_logits(prompt: int, arch: LanguageArch) -> tuple[dict[str, Tensor], Tensor]:
     """Weights, and logits [steps, b, v] after the prompt and after each of the tokens that follow."""
     model = tiny.build(ParallelConfig(), arch=replace(tiny.architecture(), language=arch)).eval()
-    context = StaticInferenceContext(2, 80)  # with room for tokens that never come
+    cache = KeyValueCache(2, 80)  # with room for tokens that never come
     found = []
     for first, last in [(0, prompt), *((n, n + 1) for n in range(prompt, prompt + NEW))]:
-        width = last - first
-        newest = torch.tensor([width - 1, 2 * width - 1])
-        found.append(model(TOKENS[:, first:last], positions=newest, inference_context=context))
-        context.sequence_len_offset += width
-        context.enable_decode_mode()
+        cache.begin([] if first else [prompt, prompt])
+        row = TOKENS[:, first:last].reshape(1, -1)
+        found.append(model(row, positions=cache.last, inference_context=cache))
     return model.language_model.state_dict(), torch.stack(found)
 
 
