@@ -43,7 +43,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     """
     rank = Rank.from_environment()
     host.set_device(rank.local_rank)
-    backend = "nccl" if host.has_cuda() else "gloo"
+    backend = host.communication_backend(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if rank.world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:

@@ -112,12 +112,23 @@ def wait_for(end: Any, tensors: Iterable[torch.Tensor]) -> None:
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
     """Bring a tensor of the CPU to this rank's device, to a GPU by way of pinned memory: the host does not wait."""
-    return tensor.pin_memory().to(device(), non_blocking=True) if has_cuda() else tensor
+    if not has_cuda() or tensor.is_cuda:
+        return tensor
+    return tensor.pin_memory().to(device(), non_blocking=True)
 
 
 def device() -> torch.device:
     """Where this rank's tensors live."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def communication_backend(local_world_size: int) -> str:
+    """Of torch.distributed: NCCL, but it refuses ranks that share a GPU.
+
+    Args:
+        local_world_size: ranks on this machine.
+    """
+    return "nccl" if has_cuda() and local_world_size <= torch.cuda.device_count() else "gloo"
 
 
 def set_device(local_rank: int) -> None:
