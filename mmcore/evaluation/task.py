@@ -22,6 +22,9 @@ Options = Mapping[str, str]
 TASKS = {
     "coco": "mmcore.evaluation.coco",
     "exact-match": "mmcore.evaluation.exact_match",
+    "mmbench": "mmcore.evaluation.mmbench",
+    "mmmu": "mmcore.evaluation.mmmu",
+    "mathvista": "mmcore.evaluation.mathvista",
     "mme": "mmcore.evaluation.mme",
 }
 
