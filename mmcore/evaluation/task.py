@@ -26,6 +26,15 @@ TASKS = {
     "mmmu": "mmcore.evaluation.mmmu",
     "mathvista": "mmcore.evaluation.mathvista",
     "mme": "mmcore.evaluation.mme",
+    "vqav2": "mmcore.evaluation.vqav2",
+    "okvqa": "mmcore.evaluation.okvqa",
+    "textvqa": "mmcore.evaluation.textvqa",
+    "vizwiz": "mmcore.evaluation.vizwiz",
+    "gqa": "mmcore.evaluation.gqa",
+    "docvqa": "mmcore.evaluation.docvqa",
+    "infovqa": "mmcore.evaluation.infovqa",
+    "chartqa": "mmcore.evaluation.chartqa",
+    "ocrbench": "mmcore.evaluation.ocrbench",
 }
 
 
