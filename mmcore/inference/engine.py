@@ -18,7 +18,8 @@ from torch import Tensor
 from mmcore import distributed, host
 from mmcore.data.batch import join_image_sources
 from mmcore.data.tokenizer import Tokenizer
-from mmcore.inference.sampling import GREEDY, Sampling, choose, penalize
+from mmcore.inference.draw import choose, penalize
+from mmcore.inference.sampling import GREEDY, Sampling
 from mmcore.inference.streaming import TextStream
 from mmcore.models.cache import KeyValueCache
 from mmcore.models.interleaved import InterleavedModel
