@@ -11,9 +11,8 @@ went through them, and so lost the right option's text, its letter counts all th
 
 References are the official table, TSV or Parquet, with base64 pictures, a picture's cell being that of another row's
 index where it repeats; or any table of rows that hold index, question, A to D, answer. Predictions are a table or
-JSON lines of index and prediction, LLaVA's of question_id and text, or ours, whose id is the index; or one JSON object
-of ids to answers. The official scorer takes the rows that are predicted for all there are; here a missing one is
-refused.
+JSON lines of index and prediction, LLaVA's of question_id and text, ours of id and answer, or one JSON object of ids to
+answers. The official scorer takes the predicted rows for all that there are; here a missing one is refused.
 """
 
 import base64
@@ -123,9 +122,7 @@ def score(predictions: Path, references: Path, *, options: Options, only: Collec
             f"{unparsed[0].id}): they count as wrong, where the official leaderboard asks a language model"
         )
     if left_out:
-        notes.append(
-            f"{len(left_out)} rows do not count: of their questions (as of {left_out[0]}) no first pass is there"
-        )
+        notes.append(f"{len(left_out)} rows do not count: questions without a first pass, such as {left_out[0]}'s")
     if len(passes) + len(left_out) == len(rows):
         notes.append("no question is asked in a second order: circular is the same as vanilla")
     return Scores(

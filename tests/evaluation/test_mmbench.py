@@ -148,7 +148,7 @@ def test_a_question_has_the_passes_that_have_rows(table, tmp_path):
         "category": {"logic": 100, "scene": 0},
     }
     assert scores.counts["without_first_pass"] == 1
-    assert "1 rows do not count: of their questions (as of 1000011)" in scores.notes[-1]
+    assert "1 rows do not count: questions without a first pass, such as 1000011's" in scores.notes[-1]
     assert set(scores.intervals()) == {"circular", "vanilla"}
 
     answers |= {2_000_009: "I do not know", 1_000_007: ""}
@@ -274,6 +274,11 @@ def test_the_test_split_is_written_for_the_server(tmp_path, capsys):
     assert (cells["index"].value, cells["A"].value, cells["prediction"].value) == (1, "=x", "=A")
     assert {cells["A"].data_type, cells["prediction"].data_type} == {"s"}
     assert "1 of 2 answers are empty" in capsys.readouterr().err
+
+    rows = write_lines(tmp_path / "r.jsonl", [{"question": "?", "A": "x", "index": index} for index in (1, 2)])
+    mmbench.submission(lines, rows, tmp_path / "test.xlsx", options())
+    names, first, _ = openpyxl.load_workbook(tmp_path / "test.xlsx").active.iter_rows(values_only=True)
+    assert (names, first) == (("index", "question", "A", "prediction"), (1, "?", "x", "=A"))
 
 
 def test_what_does_not_belong_together_is_refused(table, tmp_path):
