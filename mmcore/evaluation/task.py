@@ -26,6 +26,7 @@ TASKS = {
     "mmmu": "mmcore.evaluation.mmmu",
     "mathvista": "mmcore.evaluation.mathvista",
     "mme": "mmcore.evaluation.mme",
+    "mmsci": "mmcore.evaluation.mmsci",
     "vqav2": "mmcore.evaluation.vqav2",
     "okvqa": "mmcore.evaluation.okvqa",
     "textvqa": "mmcore.evaluation.textvqa",
@@ -35,6 +36,12 @@ TASKS = {
     "infovqa": "mmcore.evaluation.infovqa",
     "chartqa": "mmcore.evaluation.chartqa",
     "ocrbench": "mmcore.evaluation.ocrbench",
+    "a-okvqa": "mmcore.evaluation.a_okvqa",
+    "pope": "mmcore.evaluation.pope",
+    "scienceqa": "mmcore.evaluation.scienceqa",
+    "ai2d": "mmcore.evaluation.ai2d",
+    "realworldqa": "mmcore.evaluation.realworldqa",
+    "seed": "mmcore.evaluation.seed",
 }
 
 
