@@ -3,8 +3,8 @@
 Read are the official questions (testdev_balanced_questions.json: an object of ids to questions), Hugging Face's table
 of instructions (lmms-lab/GQA; the pictures are in a table of their own, which --images may name) and VLMEvalKit's.
 
-The rule is the official eval.py's, read in PKU-YuanGroup/Video-LLaVA, llava/eval/eval_gqa.py at commit 1d28d6e: of the
-balanced questions, those whose prediction is the answer, letter by letter. What a model said is first made a
+The rule is the official eval.py's, read in PKU-YuanGroup/Video-LLaVA, videollava/eval/eval_gqa.py at commit 984e65b:
+of the balanced questions, those whose prediction is the answer, letter by letter. What a model said is first made a
 prediction as by LLaVA's scripts/convert_gqa_for_eval.py at commit c121f04: dots at its end are dropped, and capitals.
 The official format, [{"questionId", "prediction"}], is what that script writes, so its predictions count as they are.
 
@@ -48,7 +48,7 @@ _KINDS: Kinds = {
     "structural type": lambda row: _types(row).get("structural"),
     "semantic type": lambda row: _SEMANTIC.get(str(_types(row).get("semantic")), _types(row).get("semantic")),
     "steps": lambda row: _num_steps(row.get("semantic")),
-    "words": lambda row: f"{len(str(row.get('question', '')).split()):02}",
+    "words": lambda row: str(len(str(row.get("question", "")).split())),
 }
 
 

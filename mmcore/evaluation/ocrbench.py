@@ -112,7 +112,7 @@ def _load_answers(
     answers = {
         question.id: str(row["predict"])
         for question, row in zip(questions, rows, strict=True)
-        if row.get("predict") and question.id in names
+        if "predict" in row and question.id in names
     }
     return match_answers(predictions, answers, names, references, missing="empty")
 

@@ -96,12 +96,11 @@ def read_questions(
         if name is None:
             raise ValueError(f"{where} is no question with an id: it has {', '.join(sorted(row)) or 'nothing'}")
         groups = {kind: _texts(find(row), where) for kind, find in kinds.items()}
-        image_id = _cell(row, _IMAGE_IDS)
         yield Question(
             id=sample_id(name, where),
             text=str(_cell(row, _TEXTS) or ""),
             image=_picture(_cell(row, _IMAGES), where),
-            image_id="" if image_id is None else str(image_id),
+            image_id="".join(_texts(_cell(row, _IMAGE_IDS), where)),
             answers=_answers(row, where),
             groups={kind: names for kind, names in groups.items() if names},
         )
@@ -139,20 +138,24 @@ def _picture(value: Any, where: str) -> str | bytes | None:
     return base64.b64decode(value) if len(value) > _BASE64_LENGTH else value
 
 
+def file_name(question: Question) -> str:
+    """Of its picture, or "" if it has the picture itself, or names none."""
+    return question.image if isinstance(question.image, str) else ""
+
+
 def ask(
     data: Path,
     images: Path | None,
     questions: Sequence[Question],
     suffix: str = SHORT_ANSWER,
-    names: Callable[[Question], Sequence[str]] | None = None,
+    names: Callable[[Question], Sequence[str]] = lambda question: [file_name(question)],
 ) -> list[Example]:
     """Examples of questions.
 
     Args:
         data, images: as of `Task.examples`.
         suffix: what follows the question, unless it ends with that already, as in LLaVA's own files of questions.
-        names: where a picture that is not in the data may lie, in the folder of pictures; the first question's tells
-            which it is. By default there is one name, the question's own.
+        names: where a picture that is not in the data may lie in the folder of pictures; the first one tells where.
     Raises:
         ValueError: a question has no words, or no picture.
     """
@@ -160,37 +163,23 @@ def ask(
     if bare:
         raise ValueError(f"{data}: {len(bare)} of {len(questions)} samples have no question, the first is {bare[0]}")
     outside = [question for question in questions if not isinstance(question.image, bytes)]
-    paths = dict(zip((question.id for question in outside), _find(data, images, outside, names), strict=True))
-    return [
-        Example(
-            id=question.id,
-            prompt=question.text if question.text.endswith(suffix) else question.text + suffix,
-            images=(question.image,) if isinstance(question.image, bytes) else paths[question.id],
-            references=question.answers,
-        )
-        for question in questions
-    ]
-
-
-def _find(
-    data: Path,
-    images: Path | None,
-    questions: Sequence[Question],
-    names: Callable[[Question], Sequence[str]] | None,
-) -> list[tuple[Path, ...]]:
-    places = [names(question) if names else [file_name(question)] for question in questions]
-    bare = [question.id for question, (first, *_) in zip(questions, places, strict=True) if not first]
+    places = [names(question) for question in outside]
+    bare = [question.id for question, (first, *_) in zip(outside, places, strict=True) if not first]
     if bare:
         raise ValueError(f"{data}: {len(bare)} questions name no picture, the first is {bare[0]}")
     folders = [images] if images else [data.parent / "images", data.parent]
     tried = ((folder / name, at) for at, name in enumerate(places[0] if places else ()) for folder in folders)
     at = next((at for path, at in tried if path.is_file()), 0)
-    return find_images(data, images, [place[at] for place in places])
-
-
-def file_name(question: Question) -> str:
-    """Of its picture, or "" if it has the picture itself, or names none."""
-    return question.image if isinstance(question.image, str) else ""
+    found = iter(find_images(data, images, [place[at] for place in places]))
+    return [
+        Example(
+            id=question.id,
+            prompt=question.text if question.text.endswith(suffix) else question.text + suffix,
+            images=(question.image,) if isinstance(question.image, bytes) else next(found),
+            references=question.answers,
+        )
+        for question in questions
+    ]
 
 
 def by_id(questions: Sequence[Question], path: Path, only: Collection[str] | None = None) -> dict[str, Question]:
@@ -258,7 +247,9 @@ def judged(
         groups={
             kind: {
                 part: Group(score=scale * sum(row) / len(row), num_samples=len(row))
-                for part, row in sorted(parts.items())
+                for part, row in sorted(
+                    parts.items(), key=lambda item: (int(item[0]) if item[0].isdecimal() else 0, item)
+                )
             }
             for kind, parts in kinds.items()
         },

@@ -14,7 +14,7 @@ from pathlib import Path
 from mmcore.evaluation import vqav2
 from mmcore.evaluation.predictions import Predictions, load_predictions, match_answers
 from mmcore.evaluation.scores import Scores
-from mmcore.evaluation.short_answers import ANSWER_FORMATS, Question, ask, by_id, file_name, number, submit
+from mmcore.evaluation.short_answers import ANSWER_FORMATS, Question, ask, file_name, number, submit
 from mmcore.evaluation.tables import read_rows
 from mmcore.evaluation.task import Example, Options
 
@@ -30,7 +30,7 @@ def examples(data: Path, images: Path | None = None, *, options: Options) -> lis
 
 def score(predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None) -> Scores:
     """See `Task.score`; the score is a percentage."""
-    questions = by_id(vqav2.load(references, "annotations"), references, only)
+    questions = vqav2.load_answered(references, only)
     return vqav2.soft(questions, _load_answers(predictions, questions, references), options, official="m4c")
 
 

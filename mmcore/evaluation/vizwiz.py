@@ -6,15 +6,16 @@ table (lmms-lab/VizWiz-VQA) and VQA's form. The official rule is the VizWiz API'
 answered; that is not done here.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mmcore.evaluation import vqav2
 from mmcore.evaluation.metrics.vqa import m4c
 from mmcore.evaluation.predictions import load_predictions, read_predictions
 from mmcore.evaluation.scores import Scores
-from mmcore.evaluation.short_answers import ANSWER_FORMATS, SHORT_ANSWER, Question, ask, by_id, file_name, submit
+from mmcore.evaluation.short_answers import ANSWER_FORMATS, SHORT_ANSWER, Question, ask, file_name, submit
 from mmcore.evaluation.task import Example, Options
 
 METRIC = vqav2.METRIC
@@ -30,12 +31,12 @@ FORMATS = (*ANSWER_FORMATS, ("image", "answer"))
 
 def examples(data: Path, images: Path | None = None, *, options: Options) -> list[Example]:
     """See `Task.examples`; answers need not be there."""
-    return ask(data, images, _load(data, "questions"), SUFFIX)
+    return ask(data, images, vqav2.load(data, "questions", _identify), SUFFIX)
 
 
 def score(predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None) -> Scores:
     """See `Task.score`; the score is a percentage."""
-    questions = _as_predicted(list(by_id(_load(references, "annotations"), references, only).values()), predictions)
+    questions = _as_predicted(vqav2.load_answered(references, only, _identify).values(), predictions)
     found = load_predictions(predictions, list(questions), references, formats=FORMATS)
     return vqav2.soft(questions, found, options, official="vizwiz")
 
@@ -47,7 +48,7 @@ def submission(predictions: Path, references: Path, output: Path, options: Optio
     submit(
         predictions,
         references,
-        list(_as_predicted(_load(references), predictions).values()),
+        list(_as_predicted(vqav2.load(references, "", _identify), predictions).values()),
         output,
         lambda question, answer: {
             "image": file_name(question) or f"{question.id.removesuffix('.jpg')}.jpg",
@@ -57,11 +58,11 @@ def submission(predictions: Path, references: Path, output: Path, options: Optio
     )
 
 
-def _load(path: Path, needs: str = "") -> list[Question]:
-    return vqav2.load(path, needs, lambda row, _: row.get("question_id", row.get("image")))
+def _identify(row: Mapping[str, Any], _: int) -> Any:
+    return row.get("index", row.get("question_id", row.get("image")))
 
 
-def _as_predicted(questions: list[Question], predictions: Path) -> dict[str, Question]:
+def _as_predicted(questions: Iterable[Question], predictions: Path) -> dict[str, Question]:
     """Questions by the ids that the predictions have: the picture's name with its suffix, or without."""
     first = next((name for name, _ in read_predictions(predictions, FORMATS)), "")
     suffix = ".jpg" if first.endswith(".jpg") else ""

@@ -47,7 +47,7 @@ def examples(data: Path, images: Path | None = None, *, options: Options) -> lis
 
 def score(predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None) -> Scores:
     """See `Task.score`; the score is a percentage."""
-    questions = by_id(load(references, "annotations"), references, only)
+    questions = load_answered(references, only)
     found = load_predictions(predictions, list(questions), references, formats=ANSWER_FORMATS)
     return soft(questions, found, options, official="vqa")
 
@@ -74,15 +74,7 @@ def soft(questions: Mapping[str, Question], found: Predictions, options: Options
     Args:
         questions: by id, each with its answers.
         official: the benchmark's own rule.
-    Raises:
-        ValueError: a question was answered by one person alone.
     """
-    lone = [name for name, question in questions.items() if len(question.answers) < 2]
-    if lone:
-        raise ValueError(
-            f"{len(lone)} of {len(questions)} references have one answer, the first is {lone[0]}: soft accuracy takes "
-            "those of several people (of VQA's ten); are they another benchmark's?"
-        )
     rule = cast(Rule, official if options["mode"] == "official" else options["mode"])
     scores = judged(
         questions,
@@ -107,6 +99,24 @@ def soft(questions: Mapping[str, Question], found: Predictions, options: Options
         counts={**scores.counts, "wrong as written": unjust},
         notes=(*scores.notes, *([note] if unjust else [])),
     )
+
+
+def load_answered(
+    path: Path, only: Collection[str] | None, identify: Callable[[Mapping[str, Any], int], Any] | None = None
+) -> dict[str, Question]:
+    """The questions that count, by id; arguments as of `Task.score` and `load`.
+
+    Raises:
+        ValueError: as of `load` and `by_id`, or a question was answered by one person alone.
+    """
+    questions = by_id(load(path, "annotations", identify), path, only)
+    lone = [name for name, question in questions.items() if len(question.answers) < 2]
+    if lone:
+        raise ValueError(
+            f"{path}: {len(lone)} of {len(questions)} questions have one answer, the first is {lone[0]}. Soft accuracy "
+            "takes those of several people (VQA's ten): is this another benchmark's file?"
+        )
+    return questions
 
 
 def load(
