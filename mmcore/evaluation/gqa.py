@@ -119,4 +119,4 @@ def _num_steps(semantic: Any) -> str | None:
 
 
 def _names(question: Question) -> list[str]:
-    return [file_name(question) or f"{question.image_id}.jpg"]
+    return [file_name(question) or (question.image_id and f"{question.image_id}.jpg")]

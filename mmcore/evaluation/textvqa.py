@@ -46,7 +46,7 @@ def submission(predictions: Path, references: Path, output: Path, options: Optio
 
 
 def _names(question: Question) -> list[str]:
-    name = file_name(question) or f"{question.image_id}.jpg"
+    name = file_name(question) or (question.image_id and f"{question.image_id}.jpg")
     return [name, f"train_images/{name}", f"test_images/{name}"]
 
 
