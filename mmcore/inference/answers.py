@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from mmcore.data.conversation import encode_prompt
+from mmcore.data.conversation import encode_conversation, encode_prompt
 from mmcore.data.pictures import Pictures
-from mmcore.data.templates import find_template
+from mmcore.data.templates import Turn, find_template
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.evaluation.task import Example
 from mmcore.inference import generator
-from mmcore.inference.generator import Prompt
+from mmcore.inference.engine import Prompt
 from mmcore.models.architecture import Architecture
 from mmcore.models.llava import LlavaModel
 
@@ -26,8 +26,10 @@ def layout(example: Example, tokenizer: Tokenizer, architecture: Architecture, *
         ValueError: the picture is missing or broken.
     """
     pictures = Pictures(**architecture.picture_options())
+    # Of a picture that is one square nothing more is known than that it is there.
+    is_read = has_pixels or pictures.tiling != "none"
     try:
-        files = [image.read_bytes() if isinstance(image, Path) else image for image in example.images]
+        files = [_content(image) if is_read else b"" for image in example.images]
         ids = [pictures.ids(data, tokenizer) for data in files]
         encoded = pictures.encode(files) if has_pixels else None
     except (OSError, ValueError) as error:
@@ -45,6 +47,28 @@ def layout(example: Example, tokenizer: Tokenizer, architecture: Architecture, *
     return Prompt(tokens=tokens, images=encoded.images, image_sources=encoded.sources)
 
 
+def choice_tokens(choice: str, tokenizer: Tokenizer, architecture: Architecture) -> list[int]:
+    """Tokens that the answer `choice` adds to any prompt, but for the one that ends it.
+
+    Raises:
+        ValueError: it has none.
+    """
+    pictures = Pictures(**architecture.picture_options())
+    turns = [Turn("user", "?"), Turn("assistant", choice)]
+    found = encode_conversation(
+        turns, tokenizer, architecture.conversation, pictures=[], image_token_id=pictures.image_token_id
+    )
+    *tokens, _ = [label for label, is_trained in zip(found.labels, found.is_trained, strict=True) if is_trained]
+    if not tokens:
+        raise ValueError(f"the choice {choice!r} has no tokens")
+    return tokens
+
+
+def end_ids(tokenizer: Tokenizer, conversation: str) -> tuple[int, ...]:
+    """Tokens that end an answer: the template's, and that of any text."""
+    return tuple({find_template(conversation).end_id(tokenizer): None, tokenizer.eos_id: None})
+
+
 def answer_texts(
     model: LlavaModel, prompts: Sequence[Prompt | None], tokenizer: Tokenizer, conversation: str, **options: Any
 ) -> list[str]:
@@ -56,6 +80,9 @@ def answer_texts(
     Returns:
         One text for every prompt, in order, on every rank.
     """
-    end_id = find_template(conversation).end_id(tokenizer)
-    tokens = generator.generate(model, prompts, end_id=end_id, **options)
+    tokens = generator.generate(model, prompts, end_ids=end_ids(tokenizer, conversation), **options)
     return [tokenizer.decode(row).strip() for row in tokens]
+
+
+def _content(image: Path | bytes) -> bytes:
+    return image.read_bytes() if isinstance(image, Path) else image

@@ -47,7 +47,7 @@ def generate(
     model: LlavaModel | InterleavedModel,
     prompts: Sequence[Prompt | None],
     *,
-    end_id: int,
+    end_ids: tuple[int, ...] = (),
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] = lambda count: None,
@@ -56,7 +56,7 @@ def generate(
 
     Args:
         prompts: those of other replicas (see `share`) may be None.
-        end_id: token that ends an answer; it is not part of the result.
+        end_ids: tokens that end an answer; they are not part of it.
         max_new_tokens: longest answer.
         batch_size: most prompts that are answered at once.
         on_progress: told on a replica's main rank how many prompts a step has finished.
@@ -76,7 +76,7 @@ def generate(
             indices: dict[int, int] = {}
             for index, prompt in mine:
                 answers[index] = []
-                request = Request(prompt=prompt, max_new_tokens=max_new_tokens, end_ids=(end_id,))
+                request = Request(prompt=prompt, max_new_tokens=max_new_tokens, end_ids=end_ids)
                 indices[engine.add(request)] = index
             while not engine.is_idle:
                 deltas = engine.step()

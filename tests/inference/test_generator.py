@@ -44,7 +44,12 @@ def plain() -> list[list[int]]:
 def ours(layout: ParallelConfig, end_id: int, batch_size: int) -> tuple[list[list[int]], int]:
     told: list[int] = []
     answers = generate(
-        tiny.build(layout), prompts(), end_id=end_id, max_new_tokens=NEW, batch_size=batch_size, on_progress=told.append
+        tiny.build(layout),
+        prompts(),
+        end_ids=(end_id,),
+        max_new_tokens=NEW,
+        batch_size=batch_size,
+        on_progress=told.append,
     )
     return answers, sum(told)
 
@@ -92,7 +97,7 @@ def plain_and_batched_tiles() -> tuple[list[list[int]], list[list[int]]]:
             logits = model(torch.tensor([tokens]), prompt.images, image_sources=prompt.image_sources)
             tokens.append(int(logits[-1].argmax()))
         plain.append(tokens[len(prompt.tokens) :])
-    return plain, generate(model, tiled_prompts(), end_id=-1, max_new_tokens=NEW, batch_size=8)
+    return plain, generate(model, tiled_prompts(), max_new_tokens=NEW, batch_size=8)
 
 
 def test_pictures_in_tiles() -> None:

@@ -139,7 +139,7 @@ def answers(fp8: str) -> Any:
     )
     sample = tiny.sample(1)
     prompt = Prompt(tokens=sample.tokens.tolist(), images=sample.images)
-    answer = generate(model, [prompt], end_id=-1, max_new_tokens=4, batch_size=1)
+    answer = generate(model, [prompt], max_new_tokens=4, batch_size=1)
     return answer, lengths, model.config.fp8
 
 

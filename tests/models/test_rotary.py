@@ -185,7 +185,7 @@ def generated(layout: ParallelConfig) -> list[list[int]]:
     model = tiny.build(layout, arch=replace(tiny.architecture(), language=DYNAMIC))
     none = torch.empty(0, 3, 16, 16, dtype=torch.uint8)
     prompts = [Prompt(tokens=row[:prompt].tolist(), images=none) for row in TOKENS for prompt in PROMPTS]
-    return generate(model, prompts, end_id=-1, max_new_tokens=NEW, batch_size=4)
+    return generate(model, prompts, max_new_tokens=NEW, batch_size=4)
 
 
 def test_every_layout_generates_the_same() -> None:

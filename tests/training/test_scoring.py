@@ -225,7 +225,7 @@ def left_alone(layout: ParallelConfig) -> bool:
     before = state()
     sample = tiny.sample(1)
     prompt = Prompt(tokens=sample.tokens.tolist(), images=sample.images)
-    generate(model, [prompt], end_id=-1, max_new_tokens=3, batch_size=1)
+    generate(model, [prompt], max_new_tokens=3, batch_size=1)
     return state() == before and before[-1] == layout.sequence_parallel
 
 
