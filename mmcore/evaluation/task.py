@@ -24,6 +24,7 @@ TASKS = {
     "exact-match": "mmcore.evaluation.exact_match",
     "mmbench": "mmcore.evaluation.mmbench",
     "mmmu": "mmcore.evaluation.mmmu",
+    "loss": "mmcore.evaluation.loss",
     "mathvista": "mmcore.evaluation.mathvista",
     "mme": "mmcore.evaluation.mme",
     "mmsci": "mmcore.evaluation.mmsci",
