@@ -29,21 +29,18 @@ import torch.distributed as dist
 
 from mmcore import checkpoint_files as files
 from mmcore import distributed, host
+from mmcore.checkpoint_optimizer import KINDS, deal, load_optimizer, sharded_optimizer
 from mmcore.checkpoint_shards import COMMON_FILE, plan_shards, read_description
 from mmcore.config import CheckpointConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, save_architecture
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip  (after mmcore.distributed, which mends it)
-from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
 from megatron.core.tensor_parallel import get_cuda_rng_tracker  # isort: skip
 from megatron.core.tensor_parallel.random import _get_cuda_rng_state, _set_cuda_rng_state  # isort: skip
 
 RUN_FILE = "run.json"
-
-# The optimizer is stored by parameter, not by rank's bucket: any layout can load it.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class SaveError(Exception):
@@ -95,14 +92,14 @@ def load_checkpoint(folder: Path, model: Any, optimizer: Any = None, *, is_verif
     if not is_verified and (problems := _problems(folder)):
         raise ValueError(f"{folder} is damaged: {_brief(problems)}. Take another checkpoint, or convert it again")
     read_description(folder)  # torch reads it again, and keeps to itself why it could not
-    state = _sharded(model, optimizer, is_loading=True)
-    loaded = dist_checkpointing.load(state, str(folder))
-    weights = loaded.get("model", {})  # megatron-core leaves out what is empty: a stage without weights
+    loaded = dist_checkpointing.load({"model": _weights(model)}, str(folder))
+    weights = loaded.pop("model", {})  # megatron-core leaves out what is empty: a stage without weights
     missing, unexpected = _unwrapped(model).load_state_dict(weights, strict=False)
-    missing = [key for key in missing if not key.endswith("_extra_state")]  # left out on purpose, see _sharded
+    missing = [key for key in missing if not key.endswith("_extra_state")]  # left out on purpose, see _weights
     assert not missing and not unexpected, f"missing {missing}, unexpected {unexpected}"
+    del weights
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        load_optimizer(optimizer, _weights(model), folder, loaded["optimizer"])
         _load_random(folder / _random_file())
     run = folder / RUN_FILE
     return json.loads(run.read_text()) if run.is_file() else {}
@@ -148,7 +145,7 @@ class Saving:
             (self.folder / RUN_FILE).write_text(json.dumps({**state, "step": step}, indent=2) + "\n")
 
         self._on_main(f"writing {self.final}", begin)
-        self.shards, common = plan_shards(_sharded(model, optimizer, is_loading=False), self.folder)
+        self.shards, common = plan_shards(_sharded(model, optimizer), self.folder)
         if config.async_save:
             self.shards.keep(_unwrapped(model).parameters())
         self.small = {COMMON_FILE: common} if distributed.is_main() else {}
@@ -300,32 +297,35 @@ def _unwrapped(model: Any) -> Any:
     return model.module if hasattr(model, "ddp_config") else model
 
 
-def _sharded(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
-    weights = _unwrapped(model).sharded_state_dict()
+def _weights(model: Any) -> dict[str, Any]:
     # Transformer Engine's FP8 history is rebuilt within steps, and other backends have none.
-    weights = {key: value for key, value in weights.items() if not key.endswith("_extra_state")}
+    weights = _unwrapped(model).sharded_state_dict()
+    return {key: value for key, value in weights.items() if not key.endswith("_extra_state")}
+
+
+def _sharded(model: Any, optimizer: Any) -> dict[str, Any]:
+    weights = _weights(model)
     state = {"model": weights}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA)
-        state["untrained"] = _untrained_layers(model, weights, state["optimizer"])
+        state["optimizer"] = sharded_optimizer(optimizer, weights)
+        state["untrained"] = _untrained_layers(model, weights, optimizer)
     return state
 
 
-def _untrained_layers(model: Any, weights: dict[str, Any], optimizer: dict[str, Any]) -> dict[str, Any]:
+def _untrained_layers(model: Any, weights: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """Optimizer state, all zeros, of layers that have none while others of their stack are trained.
 
     megatron-core keeps the layers of a block in one tensor, and writes no tensor with holes. The layers
     of a vision tower above its feature layer are such.
     """
-    trained = {tensor.key: tensor.dtype for tensor in nested_values(optimizer) if isinstance(tensor, ShardedTensor)}
+    trained = deal(optimizer)
+    keys = {weights[name].key for name, parameter in _unwrapped(model).named_parameters() if parameter in trained}
     found = {}
     for name, parameter in _unwrapped(model).named_parameters():
         weight = weights[name]
-        if parameter.requires_grad or not isinstance(weight, ShardedTensor):
-            continue
-        for moment in ("param", "exp_avg", "exp_avg_sq"):
-            key = f"optimizer.state.{moment}.{weight.key}"
-            if key in trained:
-                zeros = torch.zeros_like(parameter, dtype=trained[key], requires_grad=False)
-                found[f"{moment}.{name}"] = replace(weight, key=key, data=zeros, dtype=trained[key])
+        if parameter not in trained and weight.key in keys and isinstance(weight, ShardedTensor):
+            for kind in KINDS:
+                zeros = torch.zeros(parameter.shape, dtype=torch.float32)
+                key = f"optimizer.state.{kind}.{weight.key}"
+                found[f"{kind}.{name}"] = replace(weight, key=key, data=zeros, dtype=zeros.dtype)
     return found

@@ -23,6 +23,7 @@ from mmcore import host
 host.use_host()
 
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # noqa: E402  (host first)
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E402
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # noqa: E402
@@ -120,6 +121,20 @@ def plan_shards(state: dict[str, Any], folder: Path) -> tuple[Shards, bytes]:
     content = io.BytesIO()
     torch.save(common, content)
     return _Strategy(_BACKEND, _VERSION).async_save(sharded, folder), content.getvalue()
+
+
+def read_shards(wanted: list[Any], folder: Path) -> None:
+    """Fill the tensors of megatron-core's shards from a checkpoint, in place. All ranks call it, each with its own.
+
+    Args:
+        wanted: shards in nested dicts, whose tensors are of any layers of a stack: megatron-core itself would want to
+            know of all of them.
+    """
+    for shard in (shards := list(nested_values(wanted))):
+        ahead = (1,) * shard.prepend_axis_num  # a layer's place in the stack
+        shard.local_shape, shard.prepend_axis_num = (*ahead, *shard.local_shape), 0
+        shard.data = shard.data.view(shard.local_shape)
+    torch_dist.TorchDistLoadShardedStrategy().load(dict(enumerate(shards)), folder)
 
 
 class _Strategy(torch_dist.TorchDistSaveShardedStrategy):

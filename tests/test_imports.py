@@ -19,6 +19,7 @@ ORDER = (
     "models",
     "checkpoint_files",
     "checkpoint_shards",
+    "checkpoint_optimizer",
     "checkpoint",
     "evaluation",
     "inference",

@@ -1,19 +1,12 @@
-"""What of the model is trained, by name; and how the optimizer's state lives through a change of it."""
+"""What of the model is trained, by name."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor, nn
-
-from mmcore import host
-
-# Of each trained parameter: its fp32 master and AdamW's two moments, each of the parameter's shape.
-State = dict[str, Tensor]
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from torch import nn
 
 
 def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -113,46 +106,3 @@ def unwrap(ddp: DistributedDataParallel) -> None:
                 delattr(parameter, name)
     ddp.module.config.grad_scale_func = None  # the optimizer's
     ddp.module.config.no_sync_func = None  # the wrapper's
-
-
-def optimizer_state(optimizer: Any) -> tuple[int, dict[nn.Parameter, State]]:
-    """The updates so far, and what they left of every trained parameter of this rank's part of the model.
-
-    All ranks call it. The state is whole on each data parallel rank, on the CPU, as for a checkpoint.
-    """
-    updates = torch.tensor(max([group.get("step", 0) for group in optimizer.param_groups], default=0))
-    updates = updates.to(host.device())
-    dist.all_reduce(updates, dist.ReduceOp.MAX)  # a stage that trained nothing has counted none
-    found: dict[nn.Parameter, State] = {}
-    for inner in _inner(optimizer) if updates else ():
-        world = inner.get_parameter_state_dp_zero(use_gloo_comm=False, return_on_all_ranks=True)
-        for index, buffer in enumerate(inner.buffers):
-            (tensors,) = world[index].values()
-            for parameter, (start, end, _) in buffer.param_index_map.items():
-                found[parameter] = {name: tensors[name][start:end] for name in ("param", *MOMENTS)}
-    return int(updates), found
-
-
-def set_optimizer_state(optimizer: Any, updates: int, known: dict[nn.Parameter, State]) -> None:
-    """Give a new optimizer what was known of its parameters; to the others their weights and zero moments.
-
-    mcore has one count of updates for all parameters, by which AdamW corrects the moments. Those of a
-    parameter that thaws are taken for old ones: with the default betas its first update is 0.45 lr, not
-    lr. (A stage's warmup begins at 0 anyway.)
-    """
-    for inner in _inner(optimizer):
-        inner.load_state_dict(inner.state_dict())  # allocates
-        parameters = [parameter for buffer in inner.buffers for parameter in buffer.param_index_map]
-        state = {index: known.get(parameter) or _fresh(parameter) for index, parameter in enumerate(parameters)}
-        inner.load_parameter_state_from_fully_reshardable(state)
-        for group in inner.param_groups:
-            group["step"] = updates
-
-
-def _inner(optimizer: Any) -> list[Any]:
-    return [inner for inner in optimizer.chained_optimizers if not inner.is_stub_optimizer]
-
-
-def _fresh(parameter: nn.Parameter) -> State:
-    weight = parameter.detach().float().flatten()
-    return {"param": weight, **{name: torch.zeros_like(weight) for name in MOMENTS}}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmcore import checkpoint as ckpt
+from mmcore.checkpoint_optimizer import optimizer_state, set_optimizer_state
 from mmcore.config import RunConfig, StageConfig
 from mmcore.models.llava import LlavaModel
 from mmcore.training.freezing import (
@@ -13,8 +14,6 @@ from mmcore.training.freezing import (
     check_names,
     check_stacks,
     freeze,
-    optimizer_state,
-    set_optimizer_state,
     trainable_names,
     unwrap,
 )
@@ -96,9 +95,9 @@ class Training:
         if index == self.index:
             return ""
         before = self.stages[self.index].freeze
-        updates, known = optimizer_state(self.optimizer)
+        known = optimizer_state(self.optimizer)
         self._enter(index)
-        set_optimizer_state(self.optimizer, updates, known)
+        set_optimizer_state(self.optimizer, known)
         self._schedule(step - 1)
         stage = self.stages[index]
         thaws = ", ".join(pattern for pattern in before if pattern not in stage.freeze) or "nothing"

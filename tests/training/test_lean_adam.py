@@ -1,5 +1,6 @@
 """Lean states are AdamW's, in half the memory, and a checkpoint is the same to both."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,9 +11,9 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import clip_grads
 
 from mmcore import checkpoint
+from mmcore.checkpoint_optimizer import optimizer_state, set_optimizer_state
 from mmcore.config import OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from mmcore.training import freezing, lean_adam
-from mmcore.training.freezing import optimizer_state, set_optimizer_state
 from mmcore.training.lean_adam import LeanAdam, join, split
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.stages import Training
@@ -77,13 +78,15 @@ def built(layout: ParallelConfig, states: Any, seed: int = 5) -> tuple[Any, Any,
 
 
 def known(ddp: Any, optimizer: Any) -> Known:
-    """What the optimizer knows, by parameter, and the weight itself."""
+    """What the optimizer knows, by parameter, from all replicas, and the weight itself."""
     names = {parameter: name for name, parameter in tiny.global_parameters(ddp.module)}
-    found = optimizer_state(optimizer)[1]
-    return {
+    own = {
         names[parameter]: {**state, "weight": parameter.detach().flatten().clone()}
-        for parameter, state in found.items()
+        for parameter, state in optimizer_state(optimizer).states.items()
     }
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return {name: state for part in found for name, state in part.items()}
 
 
 def trained(layout: ParallelConfig, states: Any, folder: Path | None, resume: bool) -> tuple[list[float], Known, Known]:
@@ -211,18 +214,17 @@ def test_a_stage_begins_with_what_was_known() -> None:
     def moved() -> bool:
         ddp, optimizer, scheduler = built(ParallelConfig(), "lean")
         train_step(ddp, optimizer, scheduler, microbatches())
-        before, (updates, state) = known(ddp, optimizer), optimizer_state(optimizer)
+        before, state = known(ddp, optimizer), optimizer_state(optimizer)
         config = OptimizerConfig(lr=2e-3, states="lean")
         fresh = build_optimizer(config, ddp)
-        thawed = next(iter(state))
-        del state[thawed]
-        set_optimizer_state(fresh, updates, state)
+        thawed, *others = state.owners
+        set_optimizer_state(fresh, replace(state, owners={parameter: state.owners[parameter] for parameter in others}))
         after = known(ddp, fresh)
         names = {parameter: name for name, parameter in tiny.global_parameters(ddp.module)}
         new = after.pop(names[thawed])
         old = before.pop(names[thawed])
         assert new["param"].equal(old["weight"].float()) and not new["exp_avg"].any() and not new["exp_avg_sq"].any()
-        return same(before, after, ALL) and updates == 1
+        return same(before, after, ALL) and state.updates == 1
 
     assert ranks.run(moved, ParallelConfig(), 1) == [True]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mmcore import checkpoint
+from mmcore.checkpoint_optimizer import optimizer_state
 from mmcore.commands import train as command
 from mmcore.config import CheckpointConfig, ModelConfig, OptimizerConfig, ParallelConfig, RunConfig, TrainConfig
 from mmcore.data.batch import Batch
 from mmcore.training import batches, loop, step
-from mmcore.training.freezing import optimizer_state
 from mmcore.training.loss import token_loss
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.policy import FEWEST, BadStepError, BadSteps
@@ -166,13 +166,14 @@ def test_nothing_of_a_bad_step_is_kept() -> None:
         optimizer = build_optimizer(config, ddp)
         scheduler = build_scheduler(config, optimizer, 10)
         train_step(ddp, optimizer, scheduler, [tiny.batch(0, 2)])
-        updates, before = optimizer_state(optimizer)
+        before = optimizer_state(optimizer)
         weights = [parameter.detach().clone() for parameter in ddp.parameters()]
         result = train_step(ddp, optimizer, scheduler, [tiny.batch(2, 2)], lambda *_: "bad")
         assert result.fault == "bad" and scheduler.num_steps == 2
-        after_updates, after = optimizer_state(optimizer)
-        assert updates == after_updates == 1
-        assert all(torch.equal(state[kind], after[key][kind]) for key, state in before.items() for kind in state)
+        after = optimizer_state(optimizer)
+        assert before.updates == after.updates == 1
+        for parameter, state in before.states.items():
+            assert all(torch.equal(state[kind], after.states[parameter][kind]) for kind in state)
         return all(torch.equal(old, new) for old, new in zip(weights, ddp.parameters(), strict=True))
 
     assert ranks.run(stepped, ParallelConfig(), 1) == [True]

@@ -32,10 +32,10 @@ ALONE, PAIR = ParallelConfig(), ParallelConfig(tensor_model_parallel_size=2)
 
 
 class Run:
-    """What a rank trains, and how it is saved; after one step, for the optimizer has no state before."""
+    """What a rank trains, and how it is saved; after one step, for the optimizer has no state of its own before."""
 
     def __init__(
-        self, layout: ParallelConfig, folder: Path, *, seed: int = 5, trained: str = "", **config: Any
+        self, layout: ParallelConfig, folder: Path, *, seed: int = 5, trained: str = "", steps: int = 1, **config: Any
     ) -> None:
         self.config = CheckpointConfig(save=str(folder), **config)
         self.model = tiny.build(layout, seed=seed)
@@ -45,7 +45,7 @@ class Run:
         optimizer = OptimizerConfig(lr=2e-3, weight_decay=0.1, lr_warmup_steps=2)
         self.optimizer = build_optimizer(optimizer, self.ddp)
         self.scheduler = build_scheduler(optimizer, self.optimizer, 20)
-        self.train(1)
+        self.train(steps)
 
     def train(self, steps: int) -> list[float]:
         results = [train_step(self.ddp, self.optimizer, self.scheduler, microbatches()) for _ in range(steps)]
@@ -125,6 +125,23 @@ def test_training_goes_on_while_files_are_written(trained: str, folder: Path) ->
         assert seen == [False, False, True]
         assert resumed == (2, 20, weights, losses[2:])
     assert files.verify(files.step_folder(folder, 2)) == []
+
+
+def test_a_save_before_the_first_update(folder: Path) -> None:
+    """As after bad steps, which update nothing: masters are the weights then, and moments zero."""
+
+    def save() -> list[float]:
+        run = Run(ALONE, folder, steps=0)
+        run.save(0).finish()
+        return run.train(3)
+
+    def resume() -> list[float]:
+        run = Run(ALONE, folder, seed=9)
+        run.resume()
+        return run.train(3)
+
+    saved = ranks.run(save, ALONE, 2)
+    assert ranks.run(resume, ALONE, 2) == saved
 
 
 def test_bytes_are_those_that_were_foreseen(folder: Path) -> None:

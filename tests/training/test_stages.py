@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mmcore import checkpoint
+from mmcore.checkpoint_optimizer import optimizer_state
 from mmcore.config import OptimizerConfig, ParallelConfig, RunConfig, StageConfig, TrainConfig
-from mmcore.training.freezing import named_parameters, optimizer_state
+from mmcore.training.freezing import named_parameters
 from mmcore.training.stages import Training, stage_of
 from mmcore.training.step import train_step
 from tests import ranks, tiny
@@ -107,7 +108,7 @@ def measured(layout: ParallelConfig, root: Path) -> list[dict[str, Any]]:
             continue
         names = {parameter: name for name, parameter in named_parameters(training.model)}
         weights = {name: parameter.detach().clone() for parameter, name in names.items()}
-        _, before = optimizer_state(training.optimizer)
+        before = optimizer_state(training.optimizer).states
         buffers = training.ddp.buffers
         (inner,) = training.optimizer.chained_optimizers
         found.append(
@@ -123,10 +124,10 @@ def measured(layout: ParallelConfig, root: Path) -> list[dict[str, Any]]:
         )
         if step < STEPS:
             training.advance(step + 1)
-            updates, after = optimizer_state(training.optimizer)
-            assert updates == step
+            known = optimizer_state(training.optimizer)
+            assert known.updates == step
             assert all(torch.equal(weights[name], parameter) for parameter, name in names.items())
-            for parameter, state in after.items():
+            for parameter, state in known.states.items():
                 old = before.get(parameter)
                 for kind, value in state.items():
                     expected = old[kind] if old else weights[names[parameter]].flatten() * (kind == "param")
