@@ -68,7 +68,7 @@ def examples(data: Path, images: Path | None = None, *, options: Options) -> lis
 
 
 def score(predictions: Path, references: Path, *, options: Options, only: Collection[str] | None = None) -> Scores:
-    """See `Task.score`. A sample's score is the mean loss of its tokens."""
+    """See `Task.score`. A sample's score is the mean log-probability of its tokens, of which more is better."""
     found = list(read_losses(predictions))
     losses = {row.id: row for row in found}
     if contradictory := [row.id for row in found if losses[row.id] != row]:
@@ -99,7 +99,7 @@ def score(predictions: Path, references: Path, *, options: Options, only: Collec
         samples=[
             Sample(
                 id=row.id,
-                score=row.loss_sum / row.num_tokens,
+                score=-row.loss_sum / row.num_tokens,
                 answer=f"{row.loss_sum:.4f} nats, {row.num_tokens} tokens",
                 group=row.source,
             )

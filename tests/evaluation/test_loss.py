@@ -67,7 +67,7 @@ def test_perplexity_is_over_tokens(written, dataset):
         "b": loss.Group(score=math.exp(3 / 4), num_samples=1),
     }
     assert (scores.score, scores.size, scores.correct) == (math.exp(1.25), 3, None)
-    assert [sample.score for sample in scores.samples] == [2.0, 10 / 7, 0.75]
+    assert [sample.score for sample in scores.samples] == [-2.0, -10 / 7, -0.75]
     assert scores.counts == {"repeated": 0, "skipped": 1, "cut": 1, "without trained tokens": 1}
     assert [note.split(" ", 3)[:3] for note in scores.notes] == [["1", "of", "5"]] * 3
     assert "b/val_000000.tar/3: a broken PNG picture" in scores.notes[0]
