@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 NUM_DRAWS = 1000
 LEVEL = 0.95
-CHUNK = 1 << 22  # weights that are drawn at once
+FEW = 20  # where so many samples are alike on average, the alike ones are drawn together, which is much faster
+CHUNK = 1 << 22  # signs that are drawn at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,21 +33,27 @@ def mean(values: Sequence[float], scale: float = 100.0) -> Statistic:
     return Statistic(rows=[(value, 1.0) for value in values], value=lambda sums: scale * sums[..., 0] / sums[..., 1])
 
 
-def interval(statistic: Statistic) -> tuple[float, float]:
+def interval(statistic: Statistic) -> tuple[float, float] | None:
     """The range in which 95 of 100 draws of as many samples have the metric; the same one each time.
 
-    Draws that leave a metric undefined (of no sample of some kind, say) are passed over.
+    Draws that leave a metric undefined (of no sample of some kind, say) are passed over; None if all of them do.
     """
     import numpy as np
 
     rows = np.asarray(statistic.rows, dtype=np.float64)
-    random, found = np.random.default_rng(0), []
-    for count in _chunks(len(rows)):
-        weights = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=count)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            found.append(statistic.value(weights @ rows))
-    values = np.concatenate(found)
-    low, high = np.quantile(values[np.isfinite(values)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    random, count = np.random.default_rng(0), len(rows)
+    kinds, sizes = np.unique(rows, axis=0, return_counts=True)
+    if len(kinds) < count / FEW:
+        sums = random.multinomial(count, sizes / count, size=NUM_DRAWS) @ kinds  # [draws, k]
+    else:
+        drawn = (random.integers(0, count, count, dtype=np.int32) for _ in range(NUM_DRAWS))
+        sums = np.stack([np.bincount(indices, minlength=count) @ rows for indices in drawn])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = statistic.value(sums)  # [draws]
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -69,13 +76,13 @@ def paired_p_value(first: Sequence[float], second: Sequence[float]) -> float:
         signs = 1 - 2 * ((np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences))) & 1)
         return float((abs(signs @ differences) >= observed).mean())
     random, draws, extreme = np.random.default_rng(0), 10 * NUM_DRAWS, 0
-    for count in _chunks(len(differences), draws):
+    sizes, counts = np.unique(abs(differences), return_counts=True)
+    if len(sizes) < len(differences) / FEW:
+        sums = (2 * random.binomial(counts, 0.5, size=(draws, len(counts))) - counts) @ sizes
+        return (int((abs(sums) >= observed).sum()) + 1) / (draws + 1)
+    at_once = max(1, CHUNK // len(differences))
+    for start in range(0, draws, at_once):
+        count = min(at_once, draws - start)
         signs = random.integers(0, 2, size=(count, len(differences)), dtype=np.int8) * 2 - 1
         extreme += int((abs(signs @ differences) >= observed).sum())
     return (extreme + 1) / (draws + 1)
-
-
-def _chunks(width: int, draws: int = NUM_DRAWS) -> list[int]:
-    """Draws in portions that fit into the memory."""
-    size = max(1, CHUNK // width)
-    return [min(size, draws - start) for start in range(0, draws, size)]

@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
 import stat
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mmcore.evaluation.confidence import Statistic, interval, mean
 from mmcore.evaluation.metrics import captions
 from mmcore.evaluation.metrics.captions import sanitise, score_captions, tokenize_ptb, tokenize_python
 from mmcore.evaluation.scores import EvaluationError
@@ -29,7 +33,11 @@ BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 @pytest.fixture
 def no_meteor(monkeypatch):
     """METEOR loads its paraphrases for seconds: tests that are not about it do without."""
-    monkeypatch.setattr(captions, "meteor", lambda pairs, problem: 0.0)
+    monkeypatch.setattr(captions, "meteor", lambda pairs, problem: (0.0, mean([0.0], 1.0)))
+
+
+def at_its_sums(statistic: Statistic) -> float:
+    return float(statistic.value(np.asarray(statistic.rows, dtype=np.float64).sum(0)))
 
 
 def golden(name: str, *path: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -53,6 +61,7 @@ def test_nlgeval_scores_to_the_digit():
     result = score_captions(candidates, references, "none")
     assert {name: round(value, 6) for name, value in result.metrics.items()} == published
     assert result.metrics == pytest.approx(measured, rel=1e-12)
+    assert {name: at_its_sums(statistic) for name, statistic in result.statistics.items()} == pytest.approx(measured)
     assert result.skipped == {}
     assert result.scorer["tokenizer"] == "none"
 
@@ -99,8 +108,16 @@ def test_meteor_takes_no_word_for_its_separator_and_leaves_no_process(monkeypatc
     monkeypatch.setattr(
         captions.subprocess, "Popen", lambda *args, **kwargs: started.append(popen(*args, **kwargs)) or started[0]
     )
-    separated = captions.meteor([("a dog runs in \xe9t\xe9", ["a ||| dog runs in \xe9t\xe9"]), ("", ["a cat", ""])])
-    assert separated == pytest.approx(0.7638888888888888, rel=1e-12)  # as without the separator
+    pairs = [
+        ("a dog runs in \xe9t\xe9", ["a ||| dog runs in \xe9t\xe9"]),
+        ("", ["a cat", ""]),
+        # Matches of all four stages: exact, stem, synonym, paraphrase.
+        ("the dogs are walking on a large road", ["a dog walks on the big street"]),
+        ("a group of kids plays together", ["a number of children play with each other"]),
+    ]
+    value, statistic = captions.meteor(pairs)
+    assert value == pytest.approx(0.32900669700174195, rel=1e-12)  # as without the separator
+    assert at_its_sums(statistic) == pytest.approx(value, rel=1e-12)
     assert started[0].returncode is not None
 
 
@@ -115,6 +132,35 @@ def test_ptb_equals_pycocoevalcap_and_ignores_the_locale(monkeypatch):
     official = PTBTokenizer().tokenize({"x": [{"caption": text} for text in texts]})["x"]
     monkeypatch.setenv("LC_ALL", "C")
     assert tokenize_ptb(texts) == official
+
+
+@needs_golden
+def test_intervals_are_drawn_from_the_official_numbers(no_meteor):
+    """A metric's statistic gives pycocoevalcap's number, of all captions and of any draw of them."""
+    rows = json.loads((GOLDEN / "coco_mini_images" / "annotations.json").read_text())
+    # Each picture's second caption against its others; one is the same as one of those, one is empty.
+    texts = {str(row["image_id"]): tokenize_python([*map(sanitise, row["captions"])]) for row in rows}
+    candidates = {name: captions[1] for name, captions in texts.items()}
+    references = {name: [*captions[:1], *captions[2:]] for name, captions in texts.items()}
+    first, second, *_ = candidates
+    candidates |= {first: references[first][2], second: ""}
+    whole = score_captions(candidates, references, "none")
+    for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"):
+        assert at_its_sums(whole.statistics[name]) == pytest.approx(whole.metrics[name], rel=1e-12)
+        low, high = interval(whole.statistics[name])
+        assert low < whole.metrics[name] < high
+    for seed in range(3):
+        drawn = random.Random(seed).choices(range(len(texts)), k=40)
+        names = [[*texts][index] for index in drawn]
+        again = score_captions(
+            {str(row): candidates[name] for row, name in enumerate(names)},
+            {str(row): references[name] for row, name in enumerate(names)},
+            "none",
+        )
+        for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L"):
+            statistic = whole.statistics[name]
+            part = replace(statistic, rows=[statistic.rows[index] for index in drawn])
+            assert at_its_sums(part) == pytest.approx(again.metrics[name], rel=1e-12)
 
 
 @needs_golden
@@ -144,7 +190,7 @@ def test_python_tokenizer(caption, tokens):
 
 def test_without_java_the_rest_is_computed_and_said(monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(captions, "meteor", lambda pairs, problem: 0.0)
+        patch.setattr(captions, "meteor", lambda pairs, problem: (0.0, mean([0.0], 1.0)))
         expected = score_captions(CANDIDATES, REFERENCES, "python").metrics
     monkeypatch.setenv("PATH", "")
     result = score_captions(CANDIDATES, REFERENCES)

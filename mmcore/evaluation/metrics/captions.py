@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from mmcore.evaluation.confidence import Statistic, mean
+from mmcore.evaluation.metrics import caption_statistics
 from mmcore.evaluation.scores import EvaluationError
 
 Tokenizer = Literal["auto", "ptb", "python", "none"]
@@ -56,7 +57,7 @@ class CaptionScores:
 
     metrics: dict[str, float]
     statistics: dict[str, Statistic]
-    """Of the means, ROUGE-L and CIDEr; of CIDEr with words weighed as in all the references."""
+    """Of each metric; of CIDEr with words weighed as in all the references."""
     cider: dict[str, float]
     """Of each caption, by id."""
     skipped: dict[str, str]
@@ -80,7 +81,7 @@ def score_captions(
     """
     assert candidates.keys() == references.keys(), "candidates and references must have the same ids"
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
@@ -105,21 +106,28 @@ def score_captions(
         result[name] = [next(tokens)]
         truth[name] = [next(tokens) for _ in references[name]]
 
-    bleu, _ = Bleu(4).compute_score(truth, result, verbose=0)
+    bleu_scorer = BleuScorer(n=4)
+    for name, texts in result.items():
+        bleu_scorer += (texts[0], truth[name])
+    bleu, _ = bleu_scorer.compute_score(option="closest", verbose=0)  # as pycocoevalcap's Bleu does
     rouge, rouges = Rouge().compute_score(truth, result)
     cider, ciders = Cider().compute_score(truth, result)
     metrics = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
+    statistics = caption_statistics.bleu(bleu_scorer.ctest)
     try:
-        metrics["METEOR"] = meteor([(texts[0], truth[name]) for name, texts in result.items()], problem)
+        metrics["METEOR"], statistics["METEOR"] = meteor(
+            [(texts[0], truth[name]) for name, texts in result.items()], problem
+        )
     except EvaluationError as error:
         skipped["METEOR"] = str(error)
     metrics |= {"ROUGE_L": float(rouge), "CIDEr": float(cider)}
+    statistics |= {"ROUGE_L": mean(rouges, 1.0), "CIDEr": mean(ciders, 1.0)}
 
     notes = [f"{name} left out: {reason}" for name, reason in skipped.items()]
     scorer = {"pycocoevalcap": metadata.version("pycocoevalcap"), "tokenizer": chosen}
     return CaptionScores(
         metrics=metrics,
-        statistics={"ROUGE_L": mean(rouges, 1.0), "CIDEr": mean(ciders, 1.0)},
+        statistics=statistics,
         cider=dict(zip(result, map(float, ciders), strict=True)),
         skipped=skipped,
         scorer=scorer,
@@ -201,8 +209,10 @@ def _without_punctuation(tokens: Sequence[str]) -> str:
     return " ".join(token for token in tokens if token not in PUNCTUATIONS)
 
 
-def meteor(pairs: Sequence[tuple[str, Sequence[str]]], problem: str | None = None) -> float:
+def meteor(pairs: Sequence[tuple[str, Sequence[str]]], problem: str | None = None) -> tuple[float, Statistic]:
     """METEOR 1.5 of tokenised captions, through the jar's line protocol: SCORE for each, then EVAL of all.
+
+    Also what its interval is drawn from.
 
     Args:
         pairs: candidate and references.
@@ -235,7 +245,8 @@ def meteor(pairs: Sequence[tuple[str, Sequence[str]]], problem: str | None = Non
                 statistics.append(process.stdout.readline().strip())
             print("EVAL", *statistics, sep=" ||| ", file=process.stdin, flush=True)
             # One score for each caption, then that of all together.
-            return [float(process.stdout.readline()) for _ in range(len(pairs) + 1)][-1]
+            value = [float(process.stdout.readline()) for _ in range(len(pairs) + 1)][-1]
+            return value, caption_statistics.meteor(statistics)
         except (OSError, ValueError):  # it is gone: a broken pipe, or an empty line where a number was due
             if time.monotonic() >= deadline:
                 raise EvaluationError(f"METEOR's Java process took longer than {limit:.0f} s") from None
