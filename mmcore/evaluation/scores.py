@@ -1,8 +1,11 @@
 """What an evaluation says: numbers, how many samples they stand for, and what was left out of them."""
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -34,6 +37,9 @@ class Sample:
     """What is right."""
     group: str = ""
     """Subject, category or kind of question, where the benchmark tells them apart."""
+    prompt: str = ""
+    """What was asked; where it is known, `mmcore.evaluation.scored_run` fills it in, and the pictures."""
+    images: tuple[Path | bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +99,8 @@ class Scores:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """See `mmcore.evaluation.confidence.interval`; of a single sample there is none."""
-        return {name: interval(statistic) for name, statistic in self.statistics.items() if len(statistic.rows) > 1}
+        drawn = {name: interval(statistic) for name, statistic in self.statistics.items() if len(statistic.rows) > 1}
+        return {name: pair for name, pair in drawn.items() if pair is not None}
 
 
 def as_json(task: str, scores: Scores, inputs: Mapping[str, Path]) -> dict[str, Any]:
@@ -146,44 +153,65 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         ValueError: it cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write all files or none, each whole; their folders are made. The last one gets its name last.
+
+    Raises:
+        ValueError: one cannot be written.
+    """
+    parts = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            part.write_bytes(content)
-            part.replace(path)
+            for path, part in parts.items():
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(files[path])
+            for path, part in parts.items():
+                part.replace(path)
         finally:
-            part.unlink(missing_ok=True)
+            for part in parts.values():
+                part.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def best(scale: str) -> float:
+    """What no value on it is above; infinite where the scale does not say so."""
+    if scale.startswith("percent"):
+        return 100.0
+    found = re.match(r"0 to ([\d.]+)", scale)
+    return float(found[1]) if found else math.inf
+
+
 def shown(value: float, scale: str) -> str:
     """A metric as people write it."""
-    return f"{value:.4f}" if scale.startswith("0 to 1") else f"{value:.2f}"
+    return f"{value:.4f}" if best(scale) <= 10 else f"{value:.2f}"
 
 
-def table(task: str, scores: Scores) -> "Table":
-    """The scores for a terminal."""
+def table(content: Mapping[str, Any]) -> "Table":
+    """Content of scores.json for a terminal."""
     from rich.table import Table
 
     rows = Table()
-    rows.add_column(task)
+    rows.add_column(content["task"])
     rows.add_column("value", justify="right")
     rows.add_column("95 %", justify="right")
     rows.add_column("scale", style="dim")
-    intervals = scores.intervals()
-    for name, value in scores.metrics.items():
-        scale = scores.scales[name]
-        between = " to ".join(shown(end, scale) for end in intervals[name]) if name in intervals else ""
-        rows.add_row(name, shown(value, scale), between, scale)
-    for name in scores.skipped:
+    for name, value in content["metrics"].items():
+        scale, ends = content["scales"][name], content["intervals"].get(name, ())
+        rows.add_row(name, shown(value, scale), " to ".join(shown(end, scale) for end in ends), scale)
+    for name in content["skipped"]:
         rows.add_row(name, "-", "", "left out, see above", style="dim")
     rows.add_section()
-    rows.add_row("samples", str(scores.size))
-    if scores.correct is not None:
-        rows.add_row("right", str(scores.correct))
-    for name, count in scores.counts.items():
+    rows.add_row("samples", str(content["num_samples"]))
+    if "num_correct" in content:
+        rows.add_row("right", str(content["num_correct"]))
+    for name, count in content["counts"].items():
         if count:
             rows.add_row(name, str(count))
     return rows

@@ -54,7 +54,9 @@ def evaluate(task, files, *options, **environment):
 def test_exact_match(files):
     done = evaluate("exact-match", files)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    page = files[2].with_name("report.html")
+    problem = f"{files[1]}: picture 1 (row 0, from 0) has no file name to load it from"
+    assert done.stderr == f"mmcore evaluate: {page} has no pictures: {problem}\n"
     assert "50.00" in done.stdout
     scores = json.loads(files[2].read_text())
     assert list(scores)[:4] == ["task", "score", "num_samples", "num_correct"]
@@ -67,7 +69,16 @@ def test_exact_match(files):
     assert scores["scales"] == {"exact_match": "percent"}
     for role, path in zip(("predictions", "references"), files[:2], strict=True):
         assert scores["inputs"][role] == {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert [path.name for path in files[2].parent.iterdir()] == ["scores.json"]
+    assert sorted(path.name for path in files[2].parent.iterdir()) == ["report.html", "samples.jsonl", "scores.json"]
+    samples = [json.loads(line) for line in files[2].with_name("samples.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["score"], row["answer"]) for row in samples] == [
+        ("1", 1.0, "A cat sits on the mat."),
+        ("2", 0.0, "Two dogs walk."),
+    ]
+    assert samples[1]["references"] == ["Two dogs run.", "Dogs in a park."]
+    digest = hashlib.sha256(files[2].with_name("samples.jsonl").read_bytes()).hexdigest()
+    assert scores["samples"] == {"file": "samples.jsonl", "sha256": digest}
+    assert page.read_text().count("<article") == 2 and f"No pictures: {problem}" in page.read_text()
 
 
 def test_captions_without_java_go_on_and_say_so(files):
@@ -116,15 +127,36 @@ def test_wrong_usage(files, task, options, message):
 
 
 def test_output_never_overwrites_an_input(files):
+    """Nor does what appears beside it."""
     before = files[0].read_bytes()
     assert evaluate("exact-match", (*files[:2], files[0])).returncode == 2
-    assert files[0].read_bytes() == before
+    samples = files[0].rename(files[0].with_name("samples.jsonl"))
+    done = evaluate("exact-match", (samples, files[1], samples.with_name("scores.json")))
+    assert done.returncode == 2 and "would overwrite the predictions" in " ".join(done.stderr.split())
+    assert samples.read_bytes() == before and len([*samples.parent.iterdir()]) == 2
+
+
+def test_a_page_that_cannot_be_written_leaves_no_scores(files):
+    files[2].with_name("report.html").mkdir(parents=True)
+    done = evaluate("exact-match", files)
+    assert done.returncode == 2 and "report.html cannot be written: Is a directory" in done.stderr
+    assert [path.name for path in files[2].parent.iterdir()] == ["report.html"]
+
+
+def test_other_names_stand_beside_each_other(files):
+    for name in ("one.json", "two.json"):
+        assert evaluate("exact-match", (*files[:2], files[2].with_name(name)), "--gallery", "0").returncode == 0
+    assert sorted(path.name for path in files[2].parent.iterdir()) == sorted(
+        f"{name}.{kind}" for name in ("one", "two") for kind in ("json", "samples.jsonl", "report.html")
+    )
+    assert "<article" not in files[2].with_name("one.report.html").read_text()
 
 
 def test_torch_is_never_imported(files):
     code = (
         "import sys; from mmcore.commands.evaluate import main; "
-        f"code = main(['coco', '--predictions', {str(files[0])!r}, '--references', {str(files[1])!r}]); "
+        f"code = main(['coco', '--predictions', {str(files[0])!r}, '--references', {str(files[1])!r}, "
+        f"'--output', {str(files[2])!r}]); "
         "sys.exit(3 if 'torch' in sys.modules else code)"
     )
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PATH": "", "PYTHONPATH": os.getcwd()})
