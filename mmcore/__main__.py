@@ -14,6 +14,7 @@ VERBS = {
     "train": "pretrain or tune a model by a recipe",
     "generate": "let a checkpoint caption pictures or answer questions",
     "evaluate": "score predictions against references",
+    "report": "set scored runs side by side",
 }
 
 
