@@ -13,9 +13,9 @@ all batches the ones that suit the others best. Frozen is what the recipe freeze
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from mmcore import host
@@ -29,7 +29,7 @@ from benchmarks.train_gpu_models import THEIR_IMAGE_TOKEN, megatron_core_model, 
 from benchmarks.train_gpu_shapes import FP8_RECIPE, SHAPES, Shape, is_trained, number_format  # noqa: E402
 from mmcore import distributed  # noqa: E402
 from mmcore.config import ModelConfig, ParallelConfig  # noqa: E402
-from mmcore.data.batch import EncodedSample, collate  # noqa: E402
+from mmcore.data.batch import EncodedSample, collate, with_image_positions  # noqa: E402
 from mmcore.models.kernels import accumulate_in_place, check_kernels  # noqa: E402
 from mmcore.models.llava import LlavaModel, base_config  # noqa: E402
 from mmcore.recipes import RECIPES  # noqa: E402
@@ -70,7 +70,9 @@ def compute(shape: Shape, stage: str, precision: str) -> Contender:
     freezing.freeze(model, RECIPES[shape.recipe(stage)]().model.freeze)
     ddp = wrap(model, states=shape.states(stage, precision))
     size = shape.samples_per_row(stage)
-    row = collate([_sample(shape, stage, seed) for seed in range(size)])
+    arch = shape.architecture()
+    assert arch.image_token_id is not None
+    row = with_image_positions(collate([_sample(shape, stage, seed) for seed in range(size)]), arch.image_token_id)
     batch = distributed.broadcast_in_replica(row)  # which brings it to the device
 
     def step(_: int) -> None:
@@ -150,14 +152,15 @@ CONTENDERS = {"mmcore-compute": compute, "megatron-core": megatron_core, "transf
 
 
 def timed(step: Callable[[], None], steps: int) -> list[float]:
-    """Milliseconds of each of so many steps, after some that do not count."""
-    taken = []
+    """Milliseconds of each of so many steps, after some that do not count.
+
+    The host hands out one after the other without waiting, as it does in training: on a GPU its own clock counts.
+    """
+    ticks = [host.tick()]
     for _ in range(WARMUP + steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
         step()
-        torch.cuda.synchronize()
-        taken.append((time.perf_counter() - start) * 1e3)
+        ticks.append(host.tick())
+    taken = [host.seconds_between(*pair) * 1e3 for pair in pairwise(ticks)]
     return taken[WARMUP:]
 
 

@@ -97,6 +97,48 @@ class SideStream:
         return event
 
 
+class Captured:
+    """A function's work on the GPU, noted once and done again by one call: a CUDA graph. On a CPU the function itself.
+
+    The function must not wait for the GPU, and must read the same memory each time.
+    """
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor], example: torch.Tensor) -> None:
+        """
+        Args:
+            example: of the shape that is computed; the first dimension may be used in part.
+        """
+        self._input, self._graph = example.clone(), None
+        if not has_cuda():
+            self._output, self._function = function(self._input), function
+            return
+        side = torch.cuda.Stream()  # what is made at a first call, such as work spaces, is not part of the graph
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                function(self._input)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # Threads, such as NCCL's, may go on with what a capture forbids.
+        with torch.cuda.graph(self._graph, pool=_graph_memory(), capture_error_mode="thread_local"):
+            self._output = function(self._input)
+
+    def run(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Of inputs [n, ...] the first n of the outputs, as a tensor of their own."""
+        self._input[: len(inputs)].copy_(inputs)
+        if self._graph:
+            self._graph.replay()
+        else:
+            self._output = self._function(self._input)
+        return self._output[: len(inputs)].clone()
+
+
+@functools.cache
+def _graph_memory() -> Any:
+    """Shared by all graphs: they run one after the other, and what they give is copied."""
+    return torch.cuda.graph_pool_handle()
+
+
 def wait_for(end: Any, tensors: Iterable[torch.Tensor]) -> None:
     """Let the GPU's work from here on wait for the end of a side stream's; the host does not.
 

@@ -13,8 +13,13 @@
 Alike everywhere: the residual is one addition, since neither dropout nor a bias is left for mcore's fused one; and
 mcore's own cross entropy, for Transformer Engine's fused one makes the host wait for the GPU, and mcore's fused one is
 compiled anew for each number of positions. In chunks (`mmcore.models.chunks`) it takes less than a hundredth of a step.
+
+`transformer_engine_fused` has two kernels more in the language model, which are tested on a CPU but have not been run
+on a GPU, and so are nobody's default: queries, keys and values are cut apart and turned by one kernel
+(`mmcore.models.turn`), and SwiGLU gives FP8 at once where the layers around it take it (`swiglu_between`).
 """
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable
@@ -29,7 +34,7 @@ from torch import Tensor, nn
 from mmcore import host
 from mmcore.config import ModelConfig
 
-Backend = Literal["local", "transformer_engine"]
+Backend = Literal["local", "transformer_engine", "transformer_engine_fused"]
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "quick_gelu": quick_gelu,
@@ -78,11 +83,13 @@ def resolve_backend(asked: str, found: Found | None = None) -> Backend:
         return "local"
     found = found or Found.here()
     fits = found.has_transformer_engine and found.capability is not None
-    if asked == "transformer_engine" and not fits:
+    if asked != "auto" and not fits:
         raise ValueError(
-            "--model.backend transformer_engine needs a GPU and the package transformer-engine "
+            f"--model.backend {asked} needs a GPU and the package transformer-engine "
             "(pip install 'mmcore[gpu]'); --model.backend local runs anywhere"
         )
+    if asked == "transformer_engine_fused":
+        return "transformer_engine_fused"
     return "transformer_engine" if fits else "local"
 
 
@@ -111,7 +118,7 @@ def language_fusions(backend: Backend, *, has_cuda: bool) -> dict[str, Any]:
 
     With `use_te_activation_func` mcore calls what `mmcore.models.specs.mlp_submodules` gives it.
     """
-    has_engine = backend == "transformer_engine"
+    has_engine = backend != "local"
     return {
         "use_te_activation_func": has_engine,
         # It is compiled as it is imported; on a CPU torch's own silu is faster.
@@ -129,17 +136,55 @@ def activation(name: str, backend: Backend) -> Callable[..., Any]:
 
 def swiglu(projected: Tensor) -> Tensor:
     """silu(gate) * up by Transformer Engine's kernel: [..., 2 f], the gate first -> [..., f]."""
-    output: Tensor = _EngineActivation.apply(projected, "swiglu")
+    output: Tensor = _EngineActivation.apply(projected, "swiglu", None, None)
     return output
 
 
+def swiglu_between(first: nn.Module, second: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The same between two of Transformer Engine's linear layers, in FP8 where they compute in it.
+
+    Each layer would turn what it gets into FP8 by a kernel of its own: the second one the output, the first one the
+    gradient of its input. The activation's kernels can write FP8 at once, by the scales that those layers keep.
+    """
+
+    def activation(projected: Tensor) -> Tensor:
+        output: Tensor = _EngineActivation.apply(projected, "swiglu", *quantizers(first, second))
+        return output
+
+    return activation
+
+
+def quantizers(first: Any, second: Any) -> tuple[Any, Any]:
+    """What turns the second layer's input, and the gradient of the first's output, into FP8; None where nothing does.
+
+    A layer has them once it has computed in FP8. These are copies, with the scale and the notes of its range, whose
+    results may leave the layer: with a transpose where the gradient of its weight asks for one.
+    """
+    forward, backward = second.quantizers["scaling_fwd"], first.quantizers["scaling_bwd"]
+    if not (_is_fp8() and forward and backward):
+        return None, None
+    # GEMM1_INPUT and GRAD_OUTPUT1 of Transformer Engine's enumerations.
+    chosen = forward[0].copy(), backward[0].copy()
+    for quantizer, layer in zip(chosen, (second, first), strict=True):
+        quantizer.internal = False
+        quantizer.set_usage(rowwise=True, columnwise=torch.is_grad_enabled() and layer.weight.requires_grad)
+    return chosen
+
+
+def _is_fp8() -> bool:
+    """Whether layers that are called now compute in FP8."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    return bool(FP8GlobalStateManager.is_fp8_enabled())
+
+
 def _engine_quick_gelu(hidden: Tensor) -> Tensor:
-    output: Tensor = _EngineActivation.apply(hidden, "qgelu")
+    output: Tensor = _EngineActivation.apply(hidden, "qgelu", None, None)
     return output
 
 
 def _engine_gelu_tanh(hidden: Tensor) -> Tensor:
-    output: Tensor = _EngineActivation.apply(hidden, "gelu")
+    output: Tensor = _EngineActivation.apply(hidden, "gelu", None, None)
     return output
 
 
@@ -157,17 +202,18 @@ class _EngineActivation(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, name: str) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, name: str, forward: Any, backward: Any) -> Tensor:
         hidden = hidden.contiguous()
         ctx.save_for_backward(hidden)
-        ctx.name = name
-        output: Tensor = getattr(_engine(), name)(hidden, None)  # None: not quantized
+        ctx.name, ctx.quantizer = name, backward
+        output: Tensor = getattr(_engine(), name)(hidden, forward)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (hidden,) = ctx.saved_tensors
-        return getattr(_engine(), f"d{ctx.name}")(gradients[0].contiguous(), hidden, None), None
+        gradient = getattr(_engine(), f"d{ctx.name}")(gradients[0].contiguous(), hidden, ctx.quantizer)
+        return gradient, None, None, None
 
 
 def with_bias_inside(linear: Any) -> Any:
@@ -196,3 +242,18 @@ def accumulate_in_place(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             setattr(module, "fuse_wgrad_accumulation", True)  # noqa: B010
+
+
+def without_random_states(attention: Any) -> Any:
+    """A core attention of mcore's for Transformer Engine that does not change the generator's state around its kernel.
+
+    It would for dropout, of which there is none here; and a CUDA graph may not.
+    """
+
+    class WithoutRandomStates(attention):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            for module in (self.flash_attention, self.fused_attention, self.unfused_attention):
+                module.attention_dropout_ctx = contextlib.nullcontext
+
+    return WithoutRandomStates

@@ -23,6 +23,7 @@ from mmcore.models.kernels import Backend, language_fusions
 from mmcore.models.pipeline import split_layers
 from mmcore.models.recompute import begin_graph
 from mmcore.models.rotary import ScaledRotaryEmbedding
+from mmcore.models.row_attention import turns_by_position
 from mmcore.models.specs import block_spec
 
 
@@ -51,7 +52,7 @@ class LanguageModel(GPTModel):
             scatter_embedding_sequence_parallel=False,
             vp_stage=vp_stage,
         )
-        self.arch = arch
+        self.arch, self.backend = arch, backend
         if post_process:
             # It would gather the whole sequence; what has no label is left out before.
             self.output_layer.sequence_parallel = False
@@ -113,7 +114,19 @@ class LanguageModel(GPTModel):
         length = self.rotary_pos_emb.get_rotary_seq_len(
             None, self.decoder, decoder_input, self.config, packed_seq_params
         )
-        return self.rotary_pos_emb(length, packed_seq=packed_seq_params is not None)
+        angles = self.rotary_pos_emb(length, packed_seq=packed_seq_params is not None)
+        if self.backend == "transformer_engine_fused" and turns_by_position(self.config, packed_seq_params):
+            from mmcore.models.turn import row_angles  # Triton's, which is for GPUs
+
+            assert packed_seq_params is not None and packed_seq_params.cu_seqlens_q is not None
+            return row_angles(angles, packed_seq_params.cu_seqlens_q, self._row_length(decoder_input))
+        return angles
+
+    def _row_length(self, decoder_input: Tensor | None) -> int:
+        """Positions of the row that this stage's layers see, of all tensor ranks."""
+        hidden = self.decoder.input_tensor if decoder_input is None else decoder_input  # [s, b, h]
+        sharers = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return len(hidden) * sharers
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[t, h] -> [t, 1, vocabulary / tp]."""

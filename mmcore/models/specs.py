@@ -21,8 +21,9 @@ from torch import nn
 from mmcore.models.attention import CoreAttention
 from mmcore.models.cache import with_cache
 from mmcore.models.fp8 import FP8
-from mmcore.models.kernels import Backend, swiglu, with_bias_inside
+from mmcore.models.kernels import Backend, swiglu, swiglu_between, with_bias_inside, without_random_states
 from mmcore.models.recompute import RecomputableMLP
+from mmcore.models.row_attention import RowAttention
 
 # How the local layers' norms are stored, so that either backend loads the other's checkpoints.
 _STORED_NAMES = {
@@ -45,6 +46,16 @@ class LocalNorm:
         for parameter in module.parameters():
             vars(parameter)["sequence_parallel"] = config.sequence_parallel
         return module
+
+
+class FusedMLP(RecomputableMLP):
+    """Whose SwiGLU gives FP8, where the scales are known beforehand and all is computed once."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        is_delayed = config.fp8 and config.fp8_recipe == "delayed" and config.use_te_activation_func
+        if is_delayed and config.recompute_granularity is None:
+            self.activation_func = swiglu_between(self.linear_fc1, self.linear_fc2)
 
 
 def norm(backend: Backend) -> Any:
@@ -90,7 +101,8 @@ def layer_spec(
     else:
         from megatron.core.extensions import transformer_engine as te
 
-        linear_qkv, core_attention = te.TELayerNormColumnParallelLinear, te.TEDotProductAttention
+        linear_qkv = te.TELayerNormColumnParallelLinear
+        core_attention = without_random_states(te.TEDotProductAttention)
         linear_proj, layer_norm = with_bias_inside(te.TERowParallelLinear), IdentityOp
     return ModuleSpec(
         module=layer,
@@ -98,7 +110,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=layer_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=RowAttention if backend == "transformer_engine_fused" else SelfAttention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv, core_attention=with_cache(core_attention), linear_proj=linear_proj
@@ -106,7 +118,10 @@ def layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=layer_norm,
-            mlp=ModuleSpec(module=RecomputableMLP, submodules=mlp_submodules(backend, fused_norm=True)),
+            mlp=ModuleSpec(
+                module=FusedMLP if backend == "transformer_engine_fused" else RecomputableMLP,
+                submodules=mlp_submodules(backend, fused_norm=True),
+            ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=_STORED_NAMES if backend == "local" else {},
         ),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmcore.models.architecture import VisionArch
 from mmcore.models.fp8 import FP8, token_multiple
+from mmcore.models.graphs import Graphs, graph_size
 from mmcore.models.kernels import Backend, activation
 from mmcore.models.recompute import begin_graph
 from mmcore.models.specs import layer_spec, norm, whole
@@ -56,6 +57,7 @@ class VisionModel(CLIPViTModel):
         # Features are taken before the norm after the last layer, as LLaVA takes them. Kept like the
         # layers above them, so that a tower leaves as whole as it came.
         self.ln_post = norm(backend)(config, arch.hidden_size, arch.layernorm_epsilon).requires_grad_(False)
+        self.graphs = Graphs(self.features)
 
     def forward(self, images: Tensor) -> Tensor:
         """See.
@@ -65,13 +67,20 @@ class VisionModel(CLIPViTModel):
         Returns:
             Features of `feature_layer` [n, i, h], the class token dropped if the architecture says so.
         """
+        # Frozen, the tower needs no graph of gradients; mcore's block would otherwise start one at its input.
+        is_learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        with torch.set_grad_enabled(is_learning):
+            if images.is_cuda and self.training and not is_learning and not self.config.fp8 and graph_size(len(images)):
+                return self.graphs(images, self.parameters())
+            return self.features(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """The same, kernel by kernel."""
         number = len(images)
         if blanks := -number % self.image_multiple:
             images = F.pad(images, (0, 0) * 3 + (0, blanks))
-        # Frozen, the tower needs no graph; mcore's block would otherwise start one at its input.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
-            embedded = begin_graph(self.embedded(images), self.config)
-            features = self.decoder(embedded, None).transpose(0, 1)[:number]  # [n, class token and patches, h]
+        embedded = begin_graph(self.embedded(images), self.config)
+        features = self.decoder(embedded, None).transpose(0, 1)[:number]  # [n, class token and patches, h]
         return features[:, 1:] if self.arch.has_class_token and self.arch.drop_class_token else features
 
     @property

@@ -91,7 +91,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             states=config.optimizer.states,
             fp8=config.model.fp8_parts,
         )
-        metrics.say(f"memory of a rank before activations: {max(needed, key=lambda one: one.total)}")
+        most, copies = max(needed, key=lambda one: one.total), max(one.copies for one in needed)
+        saves = f"; of its host at a save: {copies / 1e9:.3g} GB" if config.checkpoint.save_interval else ""
+        metrics.say(f"memory of a rank before activations: {most}{saves}")
         if state["step"] >= config.train.steps:
             metrics.say(f"nothing to do: {state['step']} steps are done, and --train.steps is {config.train.steps}")
 
@@ -113,14 +115,14 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         count = partial(config.train.num_microbatches, distributed.data_parallel_size())
         dealt = [next(batches) for _ in range(count(config.train.batch_size(step + 1)))]
         is_last = step + 1 == config.train.steps
-        read_ahead = partial(batches.read_ahead, 0 if is_last else count(config.train.batch_size(step + 2)))
+        ahead = 0 if is_last else count(config.train.batch_size(step + 2))
         result = train_step(
             training.ddp,
             training.optimizer,
             training.scheduler,
             dealt,
             bad_steps.fault,
-            read_ahead,
+            partial(batches.keep_pace, ahead, len(dealt)),
             times.mark if times else None,
         )
         step += 1

@@ -77,6 +77,16 @@ class Prefetch(Iterator[Batch]):
         if host.has_passed(queued):
             self.waited += time.monotonic() - started
 
+    def keep_pace(self, number: int, of: int, done: int) -> None:
+        """Read ahead in the course of a step, one batch for each of the step's own: at its end, which is near by then,
+        the GPU would run out of work before all are read.
+
+        Args:
+            number: batches that are to be there when the step is done.
+            of, done: batches of the step, and how many of them are on their way.
+        """
+        self.read_ahead(number if done >= of else min(done, number))
+
     def _read(self) -> None:
         with self._side.queue():
             batch: Batch | Exception

@@ -87,8 +87,13 @@ def _forward_backward(
     *,
     forward_only: bool = False,
     mark: Callable[[str], None] | None = None,
+    meanwhile: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """The same, as `step_sums` gives it."""
+    """The same, as `step_sums` gives it.
+
+    Args:
+        mark, meanwhile: as `train_step`.
+    """
     if not forward_only:
         reduce = mean_by_weight(batches)
 
@@ -101,7 +106,7 @@ def _forward_backward(
     chunks = list(model.module.chunks)
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks],
+        data_iterator=[handed_out(batches, meanwhile) for _ in chunks],
         model=chunks,
         num_microbatches=len(batches),
         # Micro batches tell their own shapes (variable_seq_lengths); mcore wants the arguments all the same.
@@ -110,6 +115,18 @@ def _forward_backward(
         forward_only=forward_only,
     )
     return step_sums(sums, batches[0].num_sources)
+
+
+def handed_out(batches: Sequence[Batch], meanwhile: Callable[[int], object] | None = None) -> Iterator[Batch]:
+    """The batches, one by one; before each but the first `meanwhile` is told how many are on their way.
+
+    Not where pipeline stages wait for each other: what ranks do together must be at one place in the step.
+    """
+    is_alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
+    for number, batch in enumerate(batches):
+        if number and meanwhile and is_alone:
+            meanwhile(number)
+        yield batch
 
 
 def _nothing(name: str) -> None:
@@ -138,7 +155,7 @@ def train_step(
     scheduler: Any,
     batches: Sequence[Batch],
     judge: Callable[[float, float], str] | None = None,
-    meanwhile: Callable[[], object] | None = None,
+    meanwhile: Callable[[int], object] | None = None,
     mark: Callable[[str], None] | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, update.
@@ -150,20 +167,21 @@ def train_step(
         batches: of this replica; on every rank of it the same ones.
         judge: says what is wrong with the loss and the gradient's norm, "" for nothing, before any weight
             changes; alike on all ranks. By default what `BadSteps` says to a run that accepts all that is finite.
-        meanwhile: what the host does before it waits, such as reading the next step's batches.
+        meanwhile: what the host does beside the GPU, such as reading the next step's batches; told how many micro
+            batches of this step are on their way, of which the last call hears of all.
         mark: told what begins, as `mmcore.training.timing.ModuleTimes.mark`.
     """
     mark = mark or _nothing
     mark("rest")
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = _forward_backward(model, batches, mark=mark)  # float64 [num_sources, 7]
+    sums = _forward_backward(model, batches, mark=mark, meanwhile=meanwhile)  # float64 [num_sources, 7]
     mark("optimizer")
     optimizer.prepare_grads()
     numbers = torch.cat([sums.flatten(), squared_norm(optimizer).double()])
     if meanwhile:
         mark("data")
-        meanwhile()
+        meanwhile(len(batches))
         mark("optimizer")
     *values, squared = numbers.tolist()  # the host waits here, and nowhere else
     width = sums.shape[1]

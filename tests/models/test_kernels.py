@@ -28,6 +28,8 @@ BARE_H200 = replace(H200, has_transformer_engine=False)
 def test_auto_takes_what_is_there(found: Found, backend: str) -> None:
     assert resolve_backend("auto", found) == backend
     assert resolve_backend("local", found) == "local"
+    if backend != "local":
+        assert resolve_backend("transformer_engine_fused", found) == "transformer_engine_fused"
     if backend == "local":
         with pytest.raises(ValueError, match=r"--model.backend transformer_engine needs a GPU and the package"):
             resolve_backend("transformer_engine", found)
@@ -93,6 +95,46 @@ def activations() -> None:
 def test_activations() -> None:
     """The engine's kernels in our hands: gradients, strides, and never its tanh for the exact gelu."""
     ranks.run(activations, ParallelConfig(), 1)
+
+
+class Quantizer:
+    """Stands in for Transformer Engine's: a copy shares its scale and has uses of its own."""
+
+    def __init__(self, scale: object) -> None:
+        self.scale, self.internal, self.usage = scale, True, (True, True)
+
+    def copy(self) -> "Quantizer":
+        return Quantizer(self.scale)
+
+    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
+        self.usage = rowwise, columnwise
+
+
+def test_swiglu_writes_fp8_by_the_scales_of_the_layers_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second layer's for its input, the first one's for its gradient, each once it has one."""
+    first, second = nn.Linear(4, 8), nn.Linear(4, 4)
+    vars(first)["quantizers"] = {"scaling_fwd": {}, "scaling_bwd": {}}
+    vars(second)["quantizers"] = {"scaling_fwd": {}, "scaling_bwd": {}}
+    asked: list[tuple[str, Any]] = []
+    engine: Any = type("", (), {})()
+    engine.swiglu = lambda x, quantizer: asked.append(("forward", quantizer)) or x[..., :4] * 1
+    engine.dswiglu = lambda g, x, quantizer: asked.append(("backward", quantizer)) or torch.zeros_like(x)
+    monkeypatch.setattr(kernels, "_engine", lambda: engine)
+    monkeypatch.setattr(kernels, "_is_fp8", lambda: True)
+    activation = kernels.swiglu_between(first, second)
+    activation(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    assert asked == [("forward", None), ("backward", None)], "before the layers have any"
+    forward, backward = Quantizer("input of the second"), Quantizer("gradient of the first")
+    first.quantizers["scaling_bwd"], second.quantizers["scaling_fwd"] = [backward, None], [forward, None, None]
+    second.weight.requires_grad_(False)
+    asked.clear()
+    activation(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    (_, given), (_, back) = asked
+    assert (given.scale, given.internal, given.usage) == (forward.scale, False, (True, False))
+    assert (back.scale, back.internal, back.usage) == (backward.scale, False, (True, True))
+    assert forward.internal and backward.internal, "the layers' own are as they were"
+    monkeypatch.setattr(kernels, "_is_fp8", lambda: False)
+    assert kernels.quantizers(first, second) == (None, None)
 
 
 @pytest.mark.parametrize("ranks_sharing", [1, 2])

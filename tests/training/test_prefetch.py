@@ -11,7 +11,7 @@ from mmcore import distributed, host
 from mmcore.config import ParallelConfig
 from mmcore.data.batch import Batch
 from mmcore.data.stream import Count, TooManySkippedError
-from mmcore.training import prefetch
+from mmcore.training import prefetch, step
 from mmcore.training.batches import Batches
 from mmcore.training.prefetch import Prefetch
 from tests import ranks, tiny
@@ -110,6 +110,30 @@ def test_a_loaders_state_is_exact(tmp_path: Any, workers: int) -> None:
         again = iter(loader([batches.state()]))
         assert [next(again).keys for _ in range(3)] == expected[5:]
         opened.close()
+
+
+@pytest.mark.parametrize(("number", "read"), [(3, [1, 2, 3]), (4, [1, 2, 4]), (1, [1, 1, 1]), (0, [0, 0, 0])])
+def test_reading_keeps_pace_with_the_step(number: int, read: list[int]) -> None:
+    """A step of three micro batches, and so many of the next one."""
+    source = Numbered()
+    batches, found = Prefetch(source), []
+    for done in (1, 2, 3):
+        batches.keep_pace(number, 3, done)
+        found.append(source.next)
+    assert found == read
+
+
+def handed() -> list[int]:
+    told: list[int] = []
+    given = [tiny.batch(number, 1) for number in range(3)]
+    assert [batch.keys for batch in step.handed_out(given, told.append)] == [["s0"], ["s1"], ["s2"]]
+    return told
+
+
+def test_the_step_tells_what_is_on_its_way() -> None:
+    """But for stages of a pipeline, which are at different places of it."""
+    assert ranks.run(handed, ParallelConfig(), 1) == [[1, 2]]
+    assert ranks.run(handed, ParallelConfig(pipeline_model_parallel_size=2), 2) == [[], []]
 
 
 def read_in_replica() -> list[Any]:
