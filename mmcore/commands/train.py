@@ -15,11 +15,12 @@ from mmcore.checkpoint_files import check_disk, checkpoint_bytes, never_trained
 from mmcore.checks import nearest
 from mmcore.config import RunConfig
 from mmcore.config_yaml import as_yaml, load_yaml, merge
-from mmcore.constants import EXIT_DONE, EXIT_FAULT
+from mmcore.constants import EXIT_DONE, EXIT_FAULT, MODULES
 from mmcore.evaluation.task import check_eval
 from mmcore.models.architecture import Architecture, check_layout, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
+from mmcore.training.memory import check_host, host_memory
 from mmcore.training.run_lock import run_lock
 from mmcore.training.writers import check_writers
 
@@ -84,9 +85,12 @@ def check(config: RunConfig, world_size: int) -> Architecture:
     parallel = config.parallel
     config.train.check_batch_sizes(parallel.data_parallel_size(world_size), parallel.microbatch_multiple)
     frozen = never_trained([stage.freeze for stage in config.train.stages] or [config.model.freeze])
-    size = checkpoint_bytes(architecture, frozen, 2 if config.train.precision == "bf16" else 4)
+    weight_bytes = 2 if config.train.precision == "bf16" else 4
+    size, weights = (checkpoint_bytes(architecture, parts, weight_bytes) for parts in (frozen, MODULES))
     if config.checkpoint.save_interval:
         check_disk(config.checkpoint, config.train.steps, size)
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        check_host(weights, size - weights, parallel, world_size, local_world_size, host_memory())
     return architecture
 
 

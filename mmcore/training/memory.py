@@ -1,9 +1,11 @@
-"""How much memory a rank needs before any activation: weights, gradients, optimizer. Imports no torch."""
+"""How much memory a rank needs before any activation, and its host at a save. Imports no torch."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
+from mmcore.checkpoint_files import OPTIMIZER_BYTES
 from mmcore.config import ParallelConfig
 from mmcore.constants import LANGUAGE_MODEL, VISION_MODEL, VISION_PROJECTION
 from mmcore.models.architecture import Architecture
@@ -22,6 +24,9 @@ class TrainingBytes:
     """What weights lack of float32; dealt to the replicas."""
     moments: int
     """AdamW's two; dealt to the replicas."""
+    copies: int
+    """Of the host's memory, from the beginning of a save to its end: masters and moments in float32, dealt to the
+    replicas, and on the first replica all weights. A thaw takes the former, for a moment."""
 
     @property
     def total(self) -> int:
@@ -48,9 +53,8 @@ def training_bytes(
 
     Not counted: the buffers' padding, and that norms and some biases are whole on every tensor rank (each below 0.1 %
     of a real model). Counted as trained: vision layers above the one whose features are taken. Beside it lie
-    activations, and for moments: in an update, 512 MiB of lean states' parts turned to float32; while a checkpoint is
-    copied to the host, two float32 copies of the largest gradient buffer's portion (all of it, without
-    --parallel.overlap-grad-reduce).
+    activations, and for moments: in an update, 512 MiB of lean states' parts turned to float32; at a save, a thaw or a
+    load, at most 16 bytes for each number of the largest parameter; of the host at a load, 1 GiB.
 
     Args:
         frozen: parts that are not trained, of `mmcore.constants.MODULES`.
@@ -77,9 +81,56 @@ def training_bytes(
                 gradients=trained * gradient,
                 masters=own * master,
                 moments=2 * own * moment,
+                copies=own * OPTIMIZER_BYTES + held * weight,
             )
         )
     return found
+
+
+def check_host(
+    weights: int, states: int, parallel: ParallelConfig, world_size: int, local_world_size: int, memory: int | None
+) -> None:
+    """Refuse a run whose first machine cannot hold what a save copies there, the training itself not counted.
+
+    Args:
+        weights: bytes of all weights.
+        states: bytes of masters and moments in a checkpoint.
+        local_world_size: ranks on the machine.
+        memory: as `host_memory` gives it.
+    Raises:
+        ValueError: names what is needed and what there is.
+    """
+    stage = world_size // parallel.pipeline_model_parallel_size
+    # Ranks count tensor ranks first, then replicas, then stages (megatron-core's order "tp-cp-ep-dp-pp").
+    first = sum(rank % stage < parallel.tensor_model_parallel_size for rank in range(local_world_size))
+    parts = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    needed = states * local_world_size // world_size + weights * first // parts
+    if memory is not None and needed > memory:
+        raise ValueError(
+            f"a checkpoint goes through the host's memory: --checkpoint.save-interval needs {needed / 1e9:.3g} GB of "
+            f"it for the {local_world_size} ranks of a machine, which has {memory / 1e9:.3g} GB. Take more machines, "
+            "freeze more (--model.freeze), or write none (--checkpoint.save-interval 0)"
+        )
+
+
+def host_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that this machine lets its processes have, its container's limit considered; None where it does not tell.
+
+    Args:
+        root: of the file system that tells it.
+    """
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")))
+    except (OSError, StopIteration):
+        return None
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups 2 and 1
+        try:
+            found.append(int((root / "sys/fs/cgroup" / limit).read_text()))
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+    return min(found)
 
 
 def stage_parameters(architecture: Architecture, layers: Sequence[int]) -> list[dict[str, int]]:

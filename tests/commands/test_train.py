@@ -73,6 +73,25 @@ def test_too_little_disk_is_said_before_anything_starts(tmp_path: Path) -> None:
         check(replace(config, checkpoint=replace(config.checkpoint, keep_last=1)), 1)
 
 
+def test_too_little_memory_is_said_before_anything_starts(tmp_path: Path) -> None:
+    """All that is in a checkpoint goes through the host."""
+    save_architecture(tiny.architecture(), tmp_path)
+    config = RunConfig(
+        model=ModelConfig(checkpoint=str(tmp_path), freeze=("vision_model",)),
+        data=DataConfig(path=str(tmp_path)),
+        checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
+    )
+    size = checkpoint_bytes(tiny.architecture(), ("vision_model",), 2)
+    for memory in (size, size - 1):
+        with mock.patch.object(command, "host_memory", lambda memory=memory: memory):
+            if memory == size:
+                check(config, 1)
+                continue
+            with pytest.raises(ValueError, match=r"--checkpoint.save-interval needs 0\.00162 GB of it for the 1 ranks"):
+                check(config, 1)
+            check(replace(config, checkpoint=CheckpointConfig(save=str(tmp_path / "run"), save_interval=0)), 1)
+
+
 @pytest.mark.parametrize(
     ("error", "speaking"),
     [(BadStepError("the fault"), "0"), (SaveError("the fault"), "0"), (TooManySkippedError("the fault"), "01")],

@@ -7,6 +7,8 @@ Mistral-7B with CLIP-L/14-336 and a projector of 14336, all 7.62e9 parameters tr
     lean       15.2       15.2     15.2     30.5    76.2         64.8
 """
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from mmcore.models.architecture import ProjectorArch
 from mmcore.models.pipeline import plan_layers
 from mmcore.models.presets import LANGUAGE, VISION, compose
 from mmcore.training import freezing
-from mmcore.training.memory import training_bytes
+from mmcore.training.memory import check_host, host_memory, training_bytes
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
 from tests import ranks, tiny
@@ -142,3 +144,32 @@ def test_fp8_keeps_two_copies_of_the_layers_weights() -> None:
     )
     layers = 32 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336 + 2 * 4096)
     assert both.total - plain.total == 2 * layers + 2 * 303_507_456  # of the tower all
+
+
+def test_a_save_fits_the_machine() -> None:
+    """Masters and moments lie evenly on all ranks, weights on the first replica's: of 2 stages its tensor ranks."""
+    pair = ParallelConfig(tensor_model_parallel_size=2)
+    both = replace(pair, pipeline_model_parallel_size=2)
+    for parallel, world_size, local, needed in (
+        (ParallelConfig(), 1, 1, 1_000 + 8_000),
+        (ParallelConfig(), 4, 4, 1_000 + 8_000),
+        (ParallelConfig(), 16, 4, 1_000 + 2_000),
+        (pair, 16, 4, 1_000 + 2_000),
+        (both, 16, 4, 500 + 2_000),  # the second stage's lie on another machine
+        (both, 8, 8, 1_000 + 8_000),
+    ):
+        check_host(1_000, 8_000, parallel, world_size, local, needed)
+        with pytest.raises(ValueError, match=rf"interval needs {needed / 1e9:.3g} GB of it for the {local} ranks of a"):
+            check_host(1_000, 8_000, parallel, world_size, local, needed - 1)
+    check_host(1_000, 8_000, pair, 2, 2, None)
+
+
+def test_memory_of_a_machine(tmp_path: Path) -> None:
+    assert host_memory(tmp_path) is None and (host_memory() or 0) > 1 << 28
+    files = {"proc/meminfo": "MemTotal:        2000 kB\nMemFree: 1 kB\n", "sys/fs/cgroup/memory.max": "max\n"}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(content)
+    assert host_memory(tmp_path) == 2_048_000
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("900\n")
+    assert host_memory(tmp_path) == 900
