@@ -197,7 +197,11 @@ def resolve_architecture(model: ModelConfig) -> Architecture:
             "join the towers first with tools/converters/combine.py"
         )
     if model.vision:
-        check_same(found.vision, preset(VISION, model.vision, "vision"), "vision tower", model.checkpoint)
+        assert found.vision is not None
+        # Which features are taken is a choice of the checkpoint: LLaVA's and Megatron-LM's differ on the same tower.
+        own = {name: getattr(found.vision, name) for name in ("feature_layer", "drop_class_token")}
+        wanted = replace(preset(VISION, model.vision, "vision"), **own)
+        check_same(found.vision, wanted, "vision tower", model.checkpoint)
     if model.language:
         check_same(found.language, preset(LANGUAGE, model.language, "language"), "language model", model.checkpoint)
     if model.projector:

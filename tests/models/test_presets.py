@@ -1,6 +1,8 @@
 """Full-size presets have the published numbers of parameters; files say what is wrong with them."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mmcore.config import ModelConfig, ParallelConfig
 from mmcore.models.architecture import check_layout, load_architecture, save_architecture
 from mmcore.models.llava import LlavaModel, base_config
 from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION, compose, resolve_architecture
+from mmcore.recipes import RECIPES
 from tests import ranks, tiny
 
 
@@ -147,6 +150,20 @@ def test_contradiction_names_both_values(tmp_path: Path) -> None:
         resolve_architecture(ModelConfig(checkpoint=str(tmp_path), language="mistral_7b_v03"))
     with pytest.raises(ValueError, match=r"'mistral_7b' is not a preset, did you mean 'mistral_7b_v03'"):
         resolve_architecture(ModelConfig(checkpoint=str(tmp_path), language="mistral_7b"))
+
+
+@pytest.mark.parametrize("recipe", ["mistral_clip_pretrain", "llava15_vicuna_pretrain"])
+@pytest.mark.parametrize("chosen", [{"feature_layer": -1}, {"feature_layer": -2}, {"drop_class_token": False}])
+def test_the_checkpoint_chooses_its_features(recipe: str, chosen: dict[str, Any], tmp_path: Path) -> None:
+    """Of the same tower Megatron-LM takes the last layer's and LLaVA those of the one before it."""
+    model = replace(RECIPES[recipe]().model, checkpoint=str(tmp_path))
+    whole = resolve_architecture(replace(model, checkpoint="", weights="random"))
+    assert whole.vision is not None
+    save_architecture(arch := replace(whole, vision=replace(whole.vision, **chosen)), tmp_path)
+    assert resolve_architecture(model) == arch
+    save_architecture(replace(arch, vision=replace(whole.vision, num_layers=23, **chosen)), tmp_path)
+    with pytest.raises(ValueError, match=r"is for \(num_layers: 23 in the checkpoint, 24 in the preset\): take"):
+        resolve_architecture(model)
 
 
 def test_layouts_that_do_not_fit() -> None:
