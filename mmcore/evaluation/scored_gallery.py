@@ -93,27 +93,32 @@ class Sorting:
 
 
 def gallery(runs: Sequence[ScoredRun], limit: int, problem: str = "") -> str:
-    """HTML of some samples of runs of one task; nothing where there are none that all runs have.
+    """HTML of some samples of runs of one task; nothing where none were kept.
 
     Args:
         limit: of samples; by chance, as many of each kind as there are, but those in which runs differ first.
         problem: why there are no pictures.
     """
-    ids = common_ids(runs)
-    if not ids or not limit:
+    colours = {run.name: colour(row) for row, run in enumerate(runs)}
+    runs, strangers = _acquainted(runs)
+    ids = [name for name in runs[0].samples if all(name in run.samples for run in runs)] if runs else []
+    if not runs or not limit:
         return ""
+    if not ids:
+        return '<h2>Samples</h2><p class="quiet">There is no sample that all runs have.</p>'
     sorting = sort_samples(runs, ids)
     shown = choose(sorting, limit)
     problems: list[str] = []
     prompts = {sample.prompt for run in runs for sample in run.samples.values()}
     asked = prompts.pop() if len(prompts) == 1 else ""
     groups = {name: str(row) for row, name in enumerate(sorted({runs[0].samples[name].group for name in shown}))}
-    items = "".join(_item(runs, name, sorting, groups, problems, is_asked=not asked) for name in shown)
+    items = "".join(_item(runs, colours, name, sorting, groups, problems, is_asked=not asked) for name in shown)
     others = len({name for run in runs for name in run.samples}) - len(ids)
     notes = [
-        f"Asked of each: {asked}" if asked else "",
+        f"Asked of each: {asked[:MAX_TEXT]}" if asked else "",
         f"{len(shown):,} of {len(ids):,} samples, chosen by chance." if len(shown) < len(ids) else "",
         f"{others:,} samples are not in every run: they are left out here." if others else "",
+        f"{', '.join(strangers)}: none of these samples." if strangers else "",
         f"No pictures: {problem}" if problem else "",
         f"{len(problems):,} pictures cannot be shown, the first: {problems[0]}." if problems else "",
     ]
@@ -124,9 +129,14 @@ def gallery(runs: Sequence[ScoredRun], limit: int, problem: str = "") -> str:
     )
 
 
-def common_ids(runs: Sequence[ScoredRun]) -> list[str]:
-    """Samples that every run has, in the order of the first."""
-    return [name for name in runs[0].samples if all(name in run.samples for run in runs[1:])]
+def _acquainted(runs: Sequence[ScoredRun]) -> tuple[list[ScoredRun], list[str]]:
+    """Runs that have samples in common with the first that has any, and the names of the others."""
+    first = next((run for run in runs if run.samples), None)
+    if first is None:
+        return [], []
+    known = [run for run in runs if run.samples.keys() & first.samples.keys()]
+    names = {run.name for run in known}
+    return known, [run.name for run in runs if run.name not in names]
 
 
 def sort_samples(runs: Sequence[ScoredRun], ids: Sequence[str]) -> Sorting:
@@ -195,6 +205,7 @@ def _tools(sorting: Sorting, shown: Sequence[str], groups: Mapping[str, str]) ->
 
 def _item(
     runs: Sequence[ScoredRun],
+    colours: Mapping[str, str],
     name: str,
     sorting: Sorting,
     groups: Mapping[str, str],
@@ -212,8 +223,8 @@ def _item(
         mark, answers = _mark(samples[0], sorting.is_graded), _answer("answer", samples[0])
     else:
         mark, answers = "", ""
-        for row, (run, sample) in enumerate(zip(runs, samples, strict=True)):
-            dot = f'<i class="dot {colour(row)}"></i>'
+        for run, sample in zip(runs, samples, strict=True):
+            dot = f'<i class="dot {colours[run.name]}"></i>'
             answers += _answer(f"{dot}{escape(run.name)}{_mark(sample, sorting.is_graded)}", sample)
     parts = [
         f'<article class="card item" data-kind="{sorting.kinds[name]}" data-group="{groups[samples[0].group]}">',

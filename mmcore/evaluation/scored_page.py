@@ -49,7 +49,10 @@ h1.another { margin-top: 64px; padding-top: 24px; border-top: 2px solid var(--li
 th .dot { margin-right: 8px; }
 .scroll { overflow-x: auto; }
 .scroll tbody th { min-width: 110px; overflow-wrap: anywhere; }
-.sources.scroll thead th { max-width: 220px; white-space: normal; overflow-wrap: anywhere; vertical-align: bottom; }
+.sources.scroll td.text { min-width: 150px; white-space: normal; overflow-wrap: anywhere; text-align: right; }
+.sources.scroll thead th {
+  min-width: 84px; max-width: 220px; white-space: normal; overflow-wrap: anywhere; vertical-align: bottom;
+}
 .groups { padding: 12px 16px; }
 .groups > div { columns: 2 400px; column-gap: 32px; }
 .groups summary { cursor: pointer; color: var(--accent); }
@@ -92,11 +95,10 @@ def scored_page(title: str, tasks: Mapping[str, Comparison], limit: int) -> byte
 
 def _task(found: Comparison, limit: int) -> str:
     runs = found.runs
-    kept = [run for run in runs if run.samples]
     head = [_hero(runs[0]), _metrics(runs[0])]
     if len(runs) > 1:
         head = [_contrasts(found), _runs(runs), _metrics_of_runs(runs), _differences(found)]
-    samples = gallery(kept, limit, found.problem) if kept else ""
+    samples = gallery(runs, limit, found.problem)
     return "\n".join([*head, _groups(runs), _counts(runs), _notes(runs), samples, _origin(runs)])
 
 
@@ -258,7 +260,7 @@ def _origin(runs: Sequence[ScoredRun]) -> str:
         for role in _keys(inputs)
         if all(role in files for files in inputs)
     }
-    return matrix("Where it comes from", runs, rows)
+    return matrix("Where it comes from", runs, rows, kind="note text")
 
 
 def _keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:

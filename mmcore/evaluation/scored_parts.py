@@ -90,19 +90,25 @@ def summary(heading: str, head: str, rows: Sequence[str]) -> str:
     )
 
 
-def matrix(heading: str, runs: Sequence[ScoredRun], rows: Mapping[str, Sequence[str]]) -> str:
-    """Names and texts: of several runs in a column each."""
+def matrix(heading: str, runs: Sequence[ScoredRun], rows: Mapping[str, Sequence[str]], kind: str = "value") -> str:
+    """Names and texts: of several runs in a column each.
+
+    Args:
+        kind: CSS classes of a cell; a value is on one line.
+    """
     if len(runs) == 1:
         return facts_table(heading, [(name, cells[0]) for name, cells in rows.items()])
     texts = {escape(name): [escape(cell) for cell in cells] for name, cells in rows.items()}
-    return scrolled(heading, ["", *(run.name for run in runs)], texts)
+    return scrolled(heading, ["", *(run.name for run in runs)], texts, kind=kind)
 
 
-def scrolled(heading: str, head: Sequence[str], rows: Mapping[str, Sequence[str]], told: str = "") -> str:
+def scrolled(
+    heading: str, head: Sequence[str], rows: Mapping[str, Sequence[str]], told: str = "", kind: str = "value"
+) -> str:
     """A table that may be wider than the page; names of rows and cells are HTML."""
     titles = f"<th>{escape(head[0])}</th>" + "".join(f'<th class="value">{escape(name)}</th>' for name in head[1:])
     body = "".join(
-        f'<tr><th scope="row">{name}</th>' + "".join(f'<td class="value">{cell}</td>' for cell in cells) + "</tr>"
+        f'<tr><th scope="row">{name}</th>' + "".join(f'<td class="{kind}">{cell}</td>' for cell in cells) + "</tr>"
         for name, cells in rows.items()
     )
     return (

@@ -150,6 +150,18 @@ def test_what_makes_runs_hard_to_compare_is_said():
     assert set(found.contrasts) <= set(Parsed(page([first, second])).texts)
 
 
+def test_a_run_keeps_its_colour_and_strangers_are_named():
+    bare = run("bare", [1.0], samples=[])
+    stranger = run("stranger", [1.0], samples=[Sample(id="x", score=1.0, answer="")])
+    html = page([bare, run("a", [1.0]), stranger, run("b", [0.0])])
+    assert 'c2"></i>a<span class="mark right">' in html and 'c4"></i>b<span class="mark wrong">' in html
+    assert "bare, stranger: none of these samples." in html and html.count("<article") == 1
+    one, two, three = (
+        run(name, [1.0], samples=[Sample(id=key, score=1, answer="") for key in name]) for name in ("xy", "x", "y")
+    )
+    assert "There is no sample that all runs have." in page([one, two, three])
+
+
 def test_other_tasks_stand_apart():
     html = page([run("a", [1.0]), run("b", [1.0], task="pope"), run("c", [1.0], task="pope")])
     parsed = Parsed(html)
