@@ -79,7 +79,7 @@ def _json(text: str, where: str, what: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield f"{where} line {number}", json.loads(line)
+                yield f"{where} line {number}", json.loads(line.rstrip().rstrip(","))  # SEED-Bench's have commas
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{where} line {number} is not JSON ({error.msg}): {what} are JSON lines, or one JSON list"
@@ -95,9 +95,10 @@ def _xlsx(content: bytes, where: str, what: str) -> Iterator[Row]:
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
         sheet = book.worksheets[0]
         rows = sheet.iter_rows(values_only=True)
-        names = [str(name) for name in next(rows, ()) if name is not None]
+        names = next(rows, ())
         for number, cells in enumerate(rows, 1):
-            row = dict(zip(names, cells, strict=False))
+            # A column without a name is an index that somebody's library has written.
+            row = {str(name): cell for name, cell in zip(names, cells, strict=False) if name is not None}
             if any(cell is not None for cell in row.values()):
                 yield f"{where} row {number}", {name: "" if cell is None else cell for name, cell in row.items()}
     except (zipfile.BadZipFile, KeyError, IndexError, OSError) as error:

@@ -70,7 +70,7 @@ class Task(Protocol):
     METRIC: str
     """The number that the task is known by, one of `SCALES`."""
     SCALES: Mapping[str, str]
-    """All metrics, and what each can be; a machine may lack what one of them needs. More is better."""
+    """All metrics, and what each can be; a machine may lack what one of them needs. More is better, but for losses."""
     OPTIONS: Mapping[str, tuple[str, ...]]
     """Names of what can be chosen, with its values, of which the first is official and the default."""
 
@@ -151,8 +151,8 @@ def check_eval(config: EvalConfig) -> None:
             f"has {', '.join(task.SCALES)})"
         )
     read_options(config.task, config.options, "--eval.options")
-    if not Path(config.data).is_file():
-        raise ValueError(f"--eval.data {config.data} is not there: give the file of {config.task}'s examples")
+    if not Path(config.data).exists():
+        raise ValueError(f"--eval.data {config.data} is not there: give the file or folder of {config.task}'s examples")
     bare = [example.id for example in chosen_examples(replace(config, num_samples=0)) if not example.references]
     if bare:
         raise ValueError(

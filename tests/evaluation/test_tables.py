@@ -62,3 +62,17 @@ def test_archives_of_several_tables(tmp_path):
         archive.writestr("b.json", "[]")
     with pytest.raises(ValueError, match="holds 2 tables"):
         rows(tmp_path / "a.zip")
+
+
+def test_an_index_without_a_name_is_no_column(tmp_path):
+    """As pandas writes it."""
+    book = openpyxl.Workbook()
+    for row in ((None, "id", "text"), (0, "1", "None"), (1, "2", None)):
+        book.active.append(list(row))
+    book.save(tmp_path / "a.xlsx")
+    assert rows(tmp_path / "a.xlsx") == [{"id": "1", "text": "None"}, {"id": "2", "text": ""}]
+
+
+def test_lines_that_end_in_commas(tmp_path):
+    (tmp_path / "a.json").write_text('{"id": 1},\n{"id": 2},\n')
+    assert rows(tmp_path / "a.json") == [{"id": 1}, {"id": 2}]
