@@ -13,6 +13,8 @@ VERBS = {
     "inspect": "say what a dataset holds, and what of it would hurt a run",
     "train": "pretrain or tune a model by a recipe",
     "generate": "let a checkpoint caption pictures or answer questions",
+    "chat": "talk with a checkpoint in the terminal",
+    "serve": "let a checkpoint answer OpenAI's chat-completions protocol",
     "evaluate": "score predictions against references",
     "report": "set scored runs side by side",
 }
