@@ -265,7 +265,8 @@ def test_a_scorer_that_fails_ends_nothing(root: Path) -> None:
 
     def fails(predictions: Path, *_: Any, **__: Any) -> Scores:
         if "step_00000001" in str(predictions):
-            return Scores(score=0.0, num_samples=7, metrics={"other": 1.0}, scales={"other": ""}, notes=("no Java",))
+            found = {"metrics": {"other": 1.0}, "scales": {"other": ""}}
+            return Scores(metric="other", samples=(), num_samples=7, notes=("no Java",), **found)
         raise EvaluationError("there is no Java")
 
     said = run(root, "fails", scorer=fails, interval=1)
@@ -357,12 +358,13 @@ def test_scores_are_told(tmp_path: Path) -> None:
     logging = LoggingConfig(tensorboard_dir=str(tmp_path / "board"))
     metrics = Metrics(RunConfig(checkpoint=CheckpointConfig(save=str(tmp_path)), logging=logging), 0)
     found = {"CIDEr": 0.5, "METEOR": 0.25}
-    metrics.report_scores(3, "coco", "CIDEr", Scores(score=0.5, num_samples=9, metrics=found, scales={}))
+    scores = Scores(metric="CIDEr", samples=(), num_samples=9, metrics=found, scales={})
+    metrics.report_scores(3, "coco", "CIDEr", scores)
     metrics.last -= 100
     metrics.leave_out()
     assert time.monotonic() - metrics.last < 50 and 100 <= metrics.left_out < 150
     metrics.rewind(2, "")
-    metrics.report_scores(4, "coco", "CIDEr", Scores(score=0.5, num_samples=9, metrics=found, scales={}))
+    metrics.report_scores(4, "coco", "CIDEr", scores)
     metrics.close()
     assert rows(tmp_path / "scores.jsonl") == [{"step": 4, "task": "coco", "num_samples": 9, "metrics": found}]
     board = EventAccumulator(str(tmp_path / "board")).Reload()
