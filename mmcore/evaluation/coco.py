@@ -1,11 +1,12 @@
 """COCO captions: one sentence a picture, scored by pycocoevalcap (BLEU, METEOR, ROUGE-L, CIDEr).
 
-Three forms of the references are in circulation, and all are read:
+Four forms of the references are in circulation, and all are read:
 
 - COCO's own: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "id", "caption"}]}`
 - Karpathy's dataset_coco.json: `{"images": [{"cocoid", "filepath", "filename", "split", "sentences": [{"raw"}]}]}`,
   of which the test split counts
 - a list: `[{"image" or "image_id", "caption": [...]}]`
+- an object of ids to captions: `{"1": ["...", ...]}`
 
 METEOR's number for all captions together is not the mean of theirs: its fragmentation penalty is nothing for captions
 that are all right and a quarter of the score as soon as a few are not. That is the official number.
@@ -94,7 +95,7 @@ def load_captions(references: Path) -> dict[str, tuple[str, ...]]:
     """Captions by picture.
 
     Raises:
-        ValueError: not one of the three forms, or a picture without a caption.
+        ValueError: not one of the four forms, or a picture without a caption.
     """
     pictures = load_pictures(references)
     bare = [picture.id for picture in pictures if not picture.captions]
@@ -106,7 +107,7 @@ def load_captions(references: Path) -> dict[str, tuple[str, ...]]:
 
 
 def load_pictures(path: Path) -> list[Picture]:
-    """Read any of the three forms.
+    """Read any of the four forms.
 
     Raises:
         ValueError: none of them, no pictures, or a picture twice.
@@ -117,13 +118,16 @@ def load_pictures(path: Path) -> list[Picture]:
             pictures = [_from_list(row, f"{path} row {index}") for index, row in enumerate(content)]
         elif "annotations" in content:
             pictures = _from_coco(content, path)
+        elif "images" not in content and content and all(isinstance(value, list) for value in content.values()):
+            rows = ({"image_id": name, "caption": captions} for name, captions in content.items())
+            pictures = [_from_list(row, f"{path} image {row['image_id']}") for row in rows]
         else:
             test = [row for row in content["images"] if row["split"] == "test"]
             pictures = [_from_karpathy(row, f"{path} image {index}") for index, row in enumerate(test)]
     except (AttributeError, KeyError, TypeError) as error:
         what = f"key {error} is missing" if isinstance(error, KeyError) else "an object is expected where there is none"
         raise ValueError(
-            f"{path} holds no captions in COCO's, Karpathy's or list form: {what} (see `mmcore.evaluation.coco`)"
+            f"{path} holds no captions in any of the known forms: {what} (see `mmcore.evaluation.coco`)"
         ) from None
     if not pictures:
         raise ValueError(f"{path} holds no pictures (of Karpathy's form, the test split counts)")

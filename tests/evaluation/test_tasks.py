@@ -235,3 +235,8 @@ def test_predictions_come_in_the_references_order_and_are_counted(write, tmp_pat
 def test_predictions_of_something_else(write, tmp_path, pairs, message):
     with pytest.raises(EvaluationError, match=message):
         load_predictions(write("p.jsonl", rows(*pairs)), ["1", "2"], tmp_path)
+
+
+def test_an_object_of_captions(write):
+    data = write("refs.json", {"a": ["one", "two"], "7": ["three"]})
+    assert coco.load_captions(data) == {"a": ("one", "two"), "7": ("three",)}
