@@ -187,6 +187,7 @@ class Saving:
             SaveError: on all ranks, if any failed; nothing is published, and no older checkpoint is touched.
         """
         self.thread.join()
+        distributed.meet()  # some ranks have much to write, and some nothing
         main = distributed.is_main()
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.gather_object((self.written, self.error), gathered if main else None, 0)
@@ -243,7 +244,8 @@ def loader_states(folder: Path) -> list[bytes]:
 
 
 def _shared(value: Any) -> Any:
-    """The main rank's value, on every rank."""
+    """The main rank's value, on every rank; it may have taken long to get it."""
+    distributed.meet()
     shared = [value]
     dist.broadcast_object_list(shared, 0)
     return shared[0]
@@ -254,7 +256,9 @@ def _problems(folder: Path, *, needs_manifest: bool = False) -> list[str]:
     if needs_manifest and not _shared((folder / files.MANIFEST_FILE).is_file()):
         return [f"{files.MANIFEST_FILE} is missing"]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, files.verify(folder, part=dist.get_rank(), parts=len(found)))
+    own = files.verify(folder, part=dist.get_rank(), parts=len(found))
+    distributed.meet()
+    dist.all_gather_object(found, own)
     return list(dict.fromkeys(problem for of_rank in found for problem in of_rank))
 
 

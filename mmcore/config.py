@@ -81,10 +81,13 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Hand round the weights that the replicas updated while the next forward pass runs on those that are there. Needs
     overlap-grad-reduce, which cuts them into the portions that are handed round."""
+    distributed_timeout_minutes: int = 10
+    """How long ranks wait for each other before the run fails, as where one is dead or reads no data any more. The
+    writing of checkpoints and the scorers' time do not count."""
 
     def __post_init__(self) -> None:
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-        positive("parallel", self, *names, "context_parallel_size")
+        positive("parallel", self, *names, "context_parallel_size", "distributed_timeout_minutes")
         first, chunks = self.num_layers_in_first_pipeline_stage, self.virtual_pipeline_model_parallel_size
         if chunks > 1 and self.pipeline_model_parallel_size == 1:
             raise ValueError(

@@ -1,6 +1,8 @@
 """Ranks: process group, megatron-core's parallel groups, seeds, who writes, who reads data."""
 
+import itertools
 import os
+import time
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -16,7 +18,9 @@ host.use_host()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402  (host first: it mends what this imports)
 
-TIMEOUT = timedelta(minutes=10)
+# Longest pause between two looks at whether all ranks are there, in seconds.
+_PAUSE = 0.25
+_meetings = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +45,19 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         parallel: layout; `parallel.data_parallel_size` has accepted the world size.
         seed: the same on all ranks; megatron-core derives a different one for each tensor rank.
     """
-    rank = Rank.from_environment()
+    rank, timeout = Rank.from_environment(), timedelta(minutes=parallel.distributed_timeout_minutes)
     host.set_device(rank.local_rank)
     backend = host.communication_backend(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if rank.world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -65,6 +69,23 @@ def shutdown() -> None:
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def meet() -> None:
+    """Wait until all ranks have come here, for as long as that takes; all of them call it.
+
+    For what one rank does alone, such as writing files or waiting for a scorer: a collective would give up on it after
+    --parallel.distributed-timeout-minutes. A rank that is gone is for torchrun to notice, which ends the others.
+    """
+    world_size, pause = dist.get_world_size(), _PAUSE / 256
+    if world_size == 1:
+        return
+    store, key = dist.distributed_c10d._get_default_store(), f"mmcore/meeting_{next(_meetings)}"
+    here = store.add(key, 1)
+    while here < world_size:
+        time.sleep(pause)
+        pause = min(2 * pause, _PAUSE)
+        here = store.add(key, 0)
 
 
 def is_main() -> bool:

@@ -186,6 +186,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                 metrics.say(f"saved {source}")
     if scoring:
         scoring.finish()
+        distributed.meet()
     if metrics:
         metrics.close()
     if speed and speed.rows:

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mmcore import checkpoint_files as files
+from mmcore import distributed
 from mmcore.config import RunConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.tokenizer import load_tokenizer
@@ -83,6 +84,7 @@ class Scoring:
             ddp: the model's wrapper, which is left as it was.
         """
         self.finish()
+        distributed.meet()  # the main rank may have waited for a scorer
         gather_parameters(ddp)
         options = {"max_new_tokens": self.config.max_new_tokens, "batch_size": self.config.batch_size}
         answers = answer_texts(ddp.module, self.prompts, self.tokenizer, self.conversation, **options)

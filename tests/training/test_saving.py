@@ -6,8 +6,10 @@ import resource
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -200,6 +202,26 @@ def test_full_disk(folder: Path) -> None:
     assert all("step_00000001 is the newest one that is whole" in text for text in other)
     assert main.count("step_00000001") == 3 and names(folder) == ["step_00000001", "step_00000003"]
     assert files.verify(folder / "step_00000001") == []
+
+
+def test_a_long_save_is_no_timeout(folder: Path) -> None:
+    """Ranks wait outside of collectives while one of them writes and the main one publishes and deletes."""
+
+    def save() -> list[float]:
+        run = Run(PAIR, folder, keep_last=1)
+        run.save(1).finish()
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+        slow = {(Shards, "write"): 1, (files, "publish"): 0, (files, "prune"): 0}
+        with ExitStack() as patches:
+            for (owner, name), rank in slow.items():
+                if rank == distributed.Rank.from_environment().rank:
+                    action = getattr(owner, name)
+                    late = lambda *args, action=action: (time.sleep(1.5), action(*args))[1]  # noqa: E731
+                    patches.enter_context(mock.patch.object(owner, name, late))
+            run.save(2).finish()
+        return run.train(1)
+
+    assert len(ranks.run(save, PAIR, 2)) == 2 and names(folder) == ["step_00000002"]
 
 
 def test_killed_while_files_are_written(folder: Path) -> None:
