@@ -30,7 +30,10 @@ from mmcore.inference.sampling import Sampling
 COMMANDS = {
     "image": ("FILE ...", f"show pictures with the next question: where it says {IMAGE_TAG}, else before it"),
     "reset": ("", "forget the conversation and begin anew"),
-    "save": ("FILE", "keep the conversation as text; FILE.jsonl gets one more line, for `mmcore prepare jsonl`"),
+    "save": (
+        "FILE",
+        "keep it as text; FILE.jsonl gets one more line, for `mmcore prepare jsonl --images /`",
+    ),
     "help": ("", "show this"),
     "exit": ("", "end, as Ctrl-D does"),
 }
@@ -141,8 +144,8 @@ class Chat:
         self._note(f"saved in {path}")
 
     def as_row(self) -> dict[str, object]:
-        """What `mmcore.data.sources.jsonl` reads."""
-        images = [str(picture.path.resolve()) for picture in self.shown]
+        """What `mmcore.data.sources.jsonl` reads, with pictures that lie in the folder `/`."""
+        images = [picture.path.resolve().as_posix().lstrip("/") for picture in self.shown]
         turns = [{"from": NAMES[turn.role], "value": turn.text} for turn in self.turns]
         return {"images": images, "conversations": turns} if images else {"conversations": turns}
 

@@ -1,6 +1,5 @@
 """`mmcore chat` as its user meets it: in a terminal, and through pipes."""
 
-import json
 import re
 import signal
 import termios
@@ -12,6 +11,7 @@ import pytest
 
 from mmcore.__main__ import main
 from mmcore.data.sources import jsonl
+from mmcore.data.sources.images import Folder
 from mmcore.data.templates import Turn
 from tests import answering
 from tests.answering import Command
@@ -153,10 +153,10 @@ def test_a_user_at_a_terminal(talk: Command, checkpoint: Path, tmp_path: Path) -
         talk.wait_for(r"saved in .*\n\n> ")
     rows = jsonl.read_rows(tmp_path / "talks.jsonl")
     assert len(rows) == 2 and rows[1].fault is None
-    assert rows[1].images == (f"{folder}/a.png", f"{folder}/b c.png")
+    assert [Folder(Path("/")).read(name) for name in rows[1].images] == PICTURES
     assert rows[1].conversations is not None
     assert rows[1].conversations[0] == {"from": "human", "value": "<image>\n<image>\nWhat are they?"}
-    assert json.dumps(rows[1].conversations[1]["value"])
+    assert rows[1].conversations[1]["from"] == "gpt" and rows[1].conversations[1]["value"]
 
     talk.type("/reset\n")
     talk.wait_for(r"begun anew\n\n> ")
