@@ -1,5 +1,6 @@
+"""A conversation as the model takes it, and its answer as people read it."""
+
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def architecture(**pictures: Any) -> Architecture:
 @pytest.mark.parametrize(
     "options", [{}, {"mode": "squash", "tiling": "anyres", "grid_pinpoints": ((16, 32), (32, 16))}]
 )
-def test_a_question_is_laid_out_as_a_tasks(tokenizer: Tokenizer, options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_question_is_laid_out_as_a_tasks(tokenizer: Tokenizer, options: dict[str, Any]) -> None:
     """Tokens, pixels and their sources."""
     model = architecture(**options)
     prompt = lay_out([QUESTION], FILES, tokenizer, model, 1000)
