@@ -29,8 +29,8 @@ class ModelConfig:
     conversation: str = ""
     """Template of the conversation; the one the checkpoint was trained with if empty."""
     max_length: int = 0
-    """Longest conversation with its answer, in tokens, pictures included; 0: what the model was made for, at most
-    8192. Each place that is answered at once takes memory for so many."""
+    """Longest conversation with its answer, in tokens, pictures included: each that is answered at once takes memory
+    for so many. 0 is what the model was made for, up to 8192."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the weights; auto is bf16 on a GPU and fp32 elsewhere."""
     tensor_model_parallel_size: int = 1
