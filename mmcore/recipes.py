@@ -23,6 +23,12 @@ def mistral_clip_pretrain() -> RunConfig:
 
     Source: Megatron-LM examples/multimodal/pretrain_mistral_clip.sh at core_v0.16.1, without its
     wrong RoPE base (a checkpoint's own is used) and without its dropout on frozen modules.
+
+    Also otherwise: the projector begins as combine.py draws it (--init-method-std 0.014 there); the job ends by its
+    scheduler or its last step (--exit-duration-in-mins 230); neither the parameters' norm nor the number of zero
+    gradients is logged (--log-params-norm, --log-num-zeros-in-grad); the 10 batches of validation every 1000 steps are
+    --train.val-interval 1000, which needs a val split; the last two checkpoints stay, not all; and pictures are
+    cropped, see docs/training.md.
     """
     return RunConfig(
         model=ModelConfig(
@@ -31,7 +37,7 @@ def mistral_clip_pretrain() -> RunConfig:
             projector="megatron_mlp",
             freeze=("vision_model", "language_model"),
         ),
-        parallel=ParallelConfig(tensor_model_parallel_size=4),
+        parallel=ParallelConfig(tensor_model_parallel_size=4, distributed_timeout_minutes=60),
         # The reference's batches count samples, of which it packs none.
         data=DataConfig(conversation="plain", seq_length=1024, packing_buffer_size=0),
         train=TrainConfig(steps=20000, global_batch_size=256, micro_batch_size=1),
@@ -44,7 +50,8 @@ def mistral_clip_sft() -> RunConfig:
     """The same model after alignment, on conversations: only the vision tower stays frozen.
 
     Source: Megatron-LM examples/multimodal/sft_mistral_clip.sh at core_v0.16.1, in bf16 (the script
-    forgets the flag and trains in fp32).
+    forgets the flag and trains in fp32). What else differs is as in mistral_clip_pretrain; its validation comes every
+    500 steps.
     """
     base = mistral_clip_pretrain()
     return replace(
@@ -62,7 +69,8 @@ def llava15_vicuna_pretrain() -> RunConfig:
 
     Source: haotian-liu/LLaVA scripts/v1_5/pretrain.sh at ecb5984, and the defaults of transformers' trainer under
     it: AdamW with betas .9 and .999, gradients clipped at 1. Its learning rate is 1e-3; the 2e-3 that is told of
-    LLaVA too is that of the older scripts/pretrain.sh, for a linear projector.
+    LLaVA too is that of the older scripts/pretrain.sh, for a linear projector. Its micro batches are of 32 samples,
+    here of 4, which as many as 64 ranks can share; its only checkpoint is the last step's, here the last two stay.
     """
     return RunConfig(
         model=ModelConfig(
@@ -72,7 +80,7 @@ def llava15_vicuna_pretrain() -> RunConfig:
             freeze=("vision_model", "language_model"),
         ),
         data=DataConfig(conversation="plain", seq_length=2048, packing_buffer_size=0),
-        train=TrainConfig(steps=2181, global_batch_size=256, micro_batch_size=16),
+        train=TrainConfig(steps=2181, global_batch_size=256, micro_batch_size=4),
         optimizer=OptimizerConfig(lr=1e-3, lr_warmup_steps=66, adam_beta2=0.999),
     )
 
@@ -100,7 +108,7 @@ def llava_moss2_pretrain() -> RunConfig:
 
     Source: Callione/LLaVA-MOSS2 scripts/pretrain.sh at 7fe0297, the mlp2x_gelu of its README, and the defaults
     of transformers' trainer. How many GPUs share its steps it does not say: the batch is that of eight (32 each),
-    as LLaVA-1.5's.
+    as LLaVA-1.5's, in the same micro batches.
     """
     base = llava15_vicuna_pretrain()
     return replace(
@@ -108,21 +116,23 @@ def llava_moss2_pretrain() -> RunConfig:
         model=replace(base.model, language="moss2_2_5b"),
         train=replace(base.train, steps=5000),
         optimizer=replace(base.optimizer, lr=2e-3, lr_warmup_steps=150),
+        checkpoint=CheckpointConfig(save_interval=1000, keep_last=5),
     )
 
 
 def llava_moss2_sft() -> RunConfig:
     """LLaVA-MOSS2 after alignment, on LLaVA's 665k conversations: only the vision tower stays frozen.
 
-    Source: Callione/LLaVA-MOSS2 scripts/finetune.sh at 7fe0297, on eight GPUs again (8 samples each). Before the
-    first question it has a system text, which is left out here; data can bring it.
+    Source: Callione/LLaVA-MOSS2 scripts/finetune.sh at 7fe0297, on eight GPUs again (8 samples each, here one by one).
+    Before the first question it has a system text, conv_llava_llama_2's, which is left out here; data can bring it as
+    a conversation's first turn.
     """
     base = llava_moss2_pretrain()
     return replace(
         base,
         model=replace(base.model, freeze=("vision_model",)),
         data=replace(base.data, conversation="llama2_chat"),
-        train=replace(base.train, steps=10000, global_batch_size=64, micro_batch_size=4),
+        train=replace(base.train, steps=10000, global_batch_size=64, micro_batch_size=1),
         optimizer=replace(base.optimizer, lr=2e-5, lr_warmup_steps=300),
         checkpoint=replace(base.checkpoint, save_interval=2000),
     )

@@ -50,7 +50,17 @@ def test_numbers_of_the_sources(name: str) -> None:
     assert config.data.packing_buffer_size == 0, "batches of the sources count samples"
     assert "".join(sign for part, sign in PARTS.items() if part not in config.model.freeze) == trained
     assert config.train.precision == "bf16" and config.data.conversation in TEMPLATES
-    assert config.train.global_batch_size % config.train.micro_batch_size == 0
+    for world_size in (8, 64):
+        config.train.check_batch_sizes(config.parallel.data_parallel_size(world_size))
+
+
+def test_checkpoints_of_the_sources() -> None:
+    """Steps between them and how many stay, where the source says so: Megatron-LM's keeps them all."""
+    found = {name: RECIPES[name]().checkpoint for name in NUMBERS}
+    assert [found[f"mistral_clip_{name}"].save_interval for name in ("pretrain", "sft")] == [1000, 500]
+    moss2 = [found[f"llava_moss2_{name}"] for name in ("pretrain", "sft")]
+    assert [(one.save_interval, one.keep_last) for one in moss2] == [(1000, 5), (2000, 5)]
+    assert RECIPES["mistral_clip_sft"]().parallel.distributed_timeout_minutes == 60
 
 
 def test_every_recipe_of_the_page_exists() -> None:

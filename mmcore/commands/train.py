@@ -1,6 +1,7 @@
 """`mmcore train RECIPE [--config FILE.yaml] [--section.option value ...] [--print-config]`."""
 
 import argparse
+import inspect
 import os
 import sys
 import time
@@ -52,7 +53,7 @@ def parse(argv: list[str]) -> tuple[RunConfig, bool]:
     if known.config:
         config = merge(config, load_yaml(known.config), str(known.config))
     description = (
-        f"{RECIPES[recipe].__doc__}\n\n--config FILE.yaml sets options too; --print-config prints such a file."
+        f"{inspect.getdoc(RECIPES[recipe])}\n\n--config FILE.yaml sets options too; --print-config prints such a file."
     )
     config = tyro.cli(
         RunConfig,
