@@ -83,7 +83,17 @@ class GenerateConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if "" in self.stop:
             raise ValueError("--stop is empty: such a text ends every answer before it begins")
-        assert self.sampling
+        if self.sampling.temperature == 0:
+            self._refuse(("top_p", "top_k", "seed"), "nothing is drawn without --temperature, such as 1.0")
+        if self.answer_by == "option-loss":
+            unused = ("temperature", "repetition_penalty", "stop")
+            self._refuse(unused, "with --answer-by option-loss the model writes nothing")
+
+    def _refuse(self, names: tuple[str, ...], reason: str) -> None:
+        """Options that would change nothing."""
+        for name in names:
+            if (given := getattr(self, name)) != GenerateConfig.__dataclass_fields__[name].default:
+                raise ValueError(f"--{name.replace('_', '-')} {given}: {reason}")
 
     @property
     def sampling(self) -> Sampling:

@@ -9,10 +9,9 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mmcore import distributed, host
@@ -20,12 +19,11 @@ from mmcore.data.batch import join_image_sources
 from mmcore.data.tokenizer import Tokenizer
 from mmcore.inference.draw import choose, penalize
 from mmcore.inference.sampling import GREEDY, Sampling
+from mmcore.inference.stages import from_last_stage, run_stages
 from mmcore.inference.streaming import TextStream
 from mmcore.models.cache import KeyValueCache
 from mmcore.models.interleaved import InterleavedModel
 from mmcore.models.llava import LlavaModel
-
-from megatron.core import parallel_state  # isort: skip  (after mmcore.host, which mends it)
 
 FinishReason = Literal["", "stop", "length", "cancelled"]
 
@@ -87,8 +85,8 @@ class _Row:
     """What every rank knows of a running request."""
 
     def __init__(self, tokens: Sequence[int], sampling: Sampling) -> None:
-        self.sampling, self.last, self.random = sampling, 0, random.Random(sampling.seed)
-        self.prompt = tokens
+        self.prompt, self.sampling, self.random = tokens, sampling, random.Random(sampling.seed)
+        self.last = 0  # newest token
         self.seen: Tensor | None = None  # bool [v], where a penalty asks
 
 
@@ -137,8 +135,7 @@ class Engine:
             max_prefill_tokens: most tokens of prompts in one pass, but for a single prompt that is longer.
         """
         self.model, self.tokenizer = model, tokenizer
-        self.max_batch_size, self.max_length = max_batch_size, max_length
-        self.max_prefill_tokens = max_prefill_tokens
+        self.max_batch_size, self.max_length, self.max_prefill_tokens = max_batch_size, max_length, max_prefill_tokens
         self.is_main = distributed.is_data_source()
         self.cache = KeyValueCache(max_batch_size, max_length)
         self.rows: list[_Row] = []  # by slot, on every rank
@@ -182,15 +179,14 @@ class Engine:
 
     def cancel(self, id: int) -> None:
         """End a request; the next step tells so. One that has ended already is left alone."""
-        for answers in (self.waiting, self.running):
-            for slot, answer in enumerate(answers):
-                if answer.id == id:
-                    self.cancelled.append(id)
-                    if answers is self.running:
-                        self._free(slot)
-                    else:
-                        self.waiting.remove(answer)
-                    return
+        found = next((answer for answer in (*self.waiting, *self.running) if answer.id == id), None)
+        if found is None:
+            return
+        self.cancelled.append(id)
+        if found in self.waiting:
+            self.waiting.remove(found)
+        else:
+            self._free(self.running.index(found))
 
     def step(self) -> list[Delta]:
         """One pass over all that runs; the main rank alone calls it.
@@ -275,8 +271,8 @@ class Engine:
             chosen = self._choose(logits)
         from_last_stage(chosen)
         result: list[int] = chosen.tolist()
-        for row_, token in zip(self.rows, result, strict=True):
-            row_.last = token
+        for running, token in zip(self.rows, result, strict=True):
+            running.last = token
         return result
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -303,45 +299,3 @@ def _seen(row: _Row, logits: Tensor) -> Tensor:
     else:
         row.seen[row.last] = True
     return row.seen
-
-
-def run_stages(
-    model: LlavaModel | InterleavedModel, tokens: Tensor, images: Tensor | None, sources: Tensor | None, **options: Any
-) -> Tensor | None:
-    """Run a row through all stages of the pipeline; all ranks of a replica call it.
-
-    Args:
-        tokens: int64 [1, t], on every rank.
-        images, sources: as `LlavaModel.forward` takes them; the first stage alone looks at them.
-        options: its other arguments. With a cache the logits of each request's newest token come back.
-    Returns:
-        What the last stage gives; None on the others.
-    """
-    group = parallel_state.get_pipeline_model_parallel_group()
-    cache = options.get("inference_context")
-    if cache is not None:
-        options["positions"] = cache.last
-    output = None
-    chunk: Any
-    for chunk in model.chunks:
-        if not chunk.pre_process:
-            shape = (tokens.shape[1], 1, model.config.hidden_size)  # [t, 1, h]
-            hidden = torch.empty(shape, dtype=model.config.params_dtype, device=tokens.device)
-            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
-            chunk.set_input_tensor([hidden])
-        output = chunk(tokens, images, image_sources=sources, **options)
-        if not chunk.post_process:
-            dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
-            output = None
-    return output
-
-
-def from_last_stage(tensor: Tensor) -> None:
-    """Give every rank of a replica what the last stage's first tensor rank has, in place.
-
-    Tensor ranks have the same logits, but what one of them draws is what all go on with.
-    """
-    group = parallel_state.get_model_parallel_group()
-    if dist.get_world_size(group) > 1:
-        source = dist.get_process_group_ranks(group)[-parallel_state.get_tensor_model_parallel_world_size()]
-        dist.broadcast(tensor, source, group)

@@ -15,7 +15,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from mmcore import distributed, host
-from mmcore.inference.engine import Prompt, from_last_stage, run_stages
+from mmcore.inference.engine import Prompt
+from mmcore.inference.stages import from_last_stage, run_stages
 from mmcore.models.interleaved import InterleavedModel
 from mmcore.models.llava import LlavaModel
 

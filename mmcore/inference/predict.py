@@ -1,6 +1,7 @@
 """A replica's share of a task's examples, answered row by row."""
 
 import hashlib
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,9 +72,13 @@ def _write(
     on_row: Callable[[Row, int], None],
 ) -> None:
     """The cache has room for the longest prompt, so they are measured first, without decoding a picture."""
-    lengths = (len(layout(example, tokenizer, architecture, has_pixels=False).tokens) for example in examples)
-    longest = max(lengths, default=0) if distributed.is_data_source() else 0
-    max_length = distributed.broadcast_in_replica(longest) + asking.max_new_tokens
+
+    def length(example: Example) -> int:
+        return len(layout(example, tokenizer, architecture, has_pixels=False).tokens) + asking.max_new_tokens
+
+    lengths = [*ahead(length, examples, 2 * NUM_READERS)] if distributed.is_data_source() else []
+    _tell_beyond(lengths, architecture)
+    max_length = distributed.broadcast_in_replica(max(lengths, default=0))
     places = min(asking.batch_size, len(examples))
     engine = Engine(
         model, tokenizer, max_batch_size=places, max_length=max_length, max_prefill_tokens=asking.max_prefill_tokens
@@ -112,6 +117,19 @@ def _write(
                 row = Row(id=example.id, answer=text, finish_reason=delta.finish_reason)
                 on_row(row, counts.pop(delta.id))
     engine.close()
+
+
+def _tell_beyond(lengths: Sequence[int], architecture: Architecture) -> None:
+    """Say what the model was not made for; it answers all the same."""
+    assert architecture.language is not None
+    limit, scaling = architecture.language.max_position_embeddings, architecture.language.rotary_scaling
+    beyond = sum(length > limit for length in lengths)
+    if beyond and (scaling is None or scaling.rope_type != "dynamic"):
+        print(
+            f"WARNING: {beyond} of {len(lengths)} prompts are, with the longest answer, longer than the {limit} tokens "
+            "that the model was made for: what it writes beyond them is worth little",
+            file=sys.stderr,
+        )
 
 
 def _choose(

@@ -181,11 +181,19 @@ def test_another_run_is_not_gone_on_with(root: Path, monkeypatch: pytest.MonkeyP
     (root / "data.json").write_text(json.dumps(data))
 
 
+def test_prompts_that_the_model_was_not_made_for(root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    mmcore(root, "long", "--prompt", "x " * 200)
+    assert f"WARNING: {EXAMPLES} of {EXAMPLES} prompts are" in capfd.readouterr().err
+    mmcore(root, "short")
+    assert "WARNING" not in capfd.readouterr().err
+
+
 def test_a_stop_text_ends_answers(root: Path, whole: bytes) -> None:
     answers = [json.loads(line)["answer"] for line in whole.decode().splitlines()]
     stop = next(answer[2:4] for answer in answers if len(answer) > 5)
     mmcore(root, "stopped", "--stop", stop, "nowhere")
     found = [row["answer"] for row in rows(root / "stopped")]
+    assert len(found) == EXAMPLES
     assert found == [answer.split(stop)[0].strip() for answer in answers] != answers
 
 
@@ -222,6 +230,10 @@ def config(**options: Any) -> GenerateConfig:
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"stop": ("a", "")}, "--stop is empty"),
+        ({"top_p": 0.9}, "--top-p 0.9: nothing is drawn without --temperature"),
+        ({"seed": 1}, "--seed 1: nothing is drawn without --temperature"),
+        ({"answer_by": "option-loss", "temperature": 1.0}, "--temperature 1.0: with --answer-by option-loss"),
+        ({"answer_by": "option-loss", "stop": ("a",)}, "option-loss the model writes nothing"),
     ],
 )
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:

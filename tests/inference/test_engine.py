@@ -101,11 +101,21 @@ def test_the_plain_answers_at_every_layout(name: str, expected: list[list[int]])
             assert "".join(delta.text for delta in deltas) == text([id for delta in deltas for id in delta.tokens])
 
 
-@pytest.mark.parametrize("places", [1, 2, 3, 7])
-@pytest.mark.parametrize("room", [1, 30, 8192])
-def test_an_answer_does_not_depend_on_its_neighbours(places: int, room: int, expected: list[list[int]]) -> None:
-    arrivals = [random.Random(places * room).randrange(8) for _ in expected]
-    assert tokens(alone(requests(), arrivals, max_batch_size=places, max_prefill_tokens=room)) == expected
+def test_an_answer_does_not_depend_on_its_neighbours(expected: list[list[int]]) -> None:
+    """Whatever comes when, in however many places, and however many prompts share a pass."""
+
+    def found() -> dict[tuple[int, int], list[list[int]]]:
+        layout, sizes = ParallelConfig(), [(places, room) for places in (1, 2, 3, 7) for room in (1, 30, 8192)]
+        return {
+            size: tokens(served(layout, requests(), arrivals(seed), max_batch_size=size[0], max_prefill_tokens=size[1]))
+            for seed, size in enumerate(sizes)
+        }
+
+    def arrivals(seed: int) -> list[int]:
+        return [random.Random(seed).randrange(8) for _ in expected]
+
+    for size, answers in ranks.run(found, ParallelConfig(), 1)[0].items():
+        assert answers == expected, size
 
 
 def sampled(sampling: Sampling = HOT) -> list[Request]:

@@ -14,6 +14,7 @@ LAYOUTS = {
     "pp2": (ParallelConfig(pipeline_model_parallel_size=2), 2),
     "tp2pp2": (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 4),
     "dp2": (ParallelConfig(), 2),
+    "cp2": (ParallelConfig(context_parallel_size=2), 2),
 }
 NEW = 6
 
