@@ -2,11 +2,13 @@
 
 import importlib
 import os
+import signal
 import sys
 import time
 
 from mmcore.checks import nearest
 from mmcore.constants import EXIT_DONE, EXIT_USAGE
+from mmcore.environment import name_rank
 
 VERBS = {
     "prepare": "turn raw pictures and conversations into an energon dataset",
@@ -34,12 +36,15 @@ def main() -> int:
     if verb not in VERBS:
         print(f"mmcore: {verb!r} is not a verb{nearest(verb, VERBS)}; `mmcore --help` lists them", file=sys.stderr)
         return EXIT_USAGE
+    name_rank()
     try:
         return importlib.import_module(f"mmcore.commands.{verb}").main(argv)
     except ValueError as error:
         # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
-        # What all ranks find the first one says alone: torchrun ends the others as soon as it has failed.
+        # What all ranks find the first one says alone: torchrun and srun end the others as soon as one has failed. A
+        # rank that is ended by their SIGTERM would make the job's exit code that of a signal.
         if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3)
         print(f"mmcore {verb}: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -170,7 +170,11 @@ def communication_backend(local_world_size: int) -> str:
     Args:
         local_world_size: ranks on this machine.
     """
-    return "nccl" if has_cuda() and local_world_size <= torch.cuda.device_count() else "gloo"
+    if not has_cuda():
+        return "gloo"
+    # Slurm may show each of its tasks one GPU alone (--gpus-per-task), and says how many they have together.
+    num_gpus = max(torch.cuda.device_count(), int(os.environ.get("SLURM_GPUS_ON_NODE", 0)))
+    return "nccl" if local_world_size <= num_gpus else "gloo"
 
 
 def set_device(local_rank: int) -> None:

@@ -14,6 +14,7 @@ ORDER = (
     "config_train",
     "config",
     "config_yaml",
+    "environment",
     "host",
     "distributed",
     "models",
@@ -30,7 +31,7 @@ ALLOWED = {room: set(ORDER[: index + 1]) for index, room in enumerate(ORDER)}
 ALLOWED["distributed"] |= {"host"}
 ALLOWED["data"] = {"constants", "checks", "config", "data"}
 ALLOWED["recipes"] = {"config"}
-ALLOWED["__main__"] = {"constants", "checks"}
+ALLOWED["__main__"] = {"constants", "checks", "environment"}
 for room in ("training", "inference", "commands"):
     ALLOWED[room] |= {"data"}
 ALLOWED["commands"] |= {"recipes"}
@@ -44,6 +45,7 @@ LIGHT = (
     "config.py",
     "config_train.py",
     "config_yaml.py",
+    "environment.py",
     "recipes.py",
     "__main__.py",
     "models/architecture.py",
