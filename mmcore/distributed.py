@@ -3,7 +3,7 @@
 import itertools
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
@@ -86,6 +86,13 @@ def meet() -> None:
         time.sleep(pause)
         pause = min(2 * pause, _PAUSE)
         here = store.add(key, 0)
+
+
+def largest(values: Sequence[float]) -> list[float]:
+    """Of each number the largest that a rank has; all ranks call it."""
+    found = torch.tensor(values, dtype=torch.float64, device=host.device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.tolist()
 
 
 def is_main() -> bool:

@@ -42,3 +42,11 @@ def test_a_meeting_takes_as_long_as_it_takes(tmp_path: Path) -> None:
 
     assert ranks.run(met, ParallelConfig(), 3) == [[True] * 3] * 3
     ranks.run(distributed.meet, ParallelConfig(), 1)
+
+
+def test_the_largest_of_all_ranks() -> None:
+    def found() -> list[float]:
+        rank = dist.get_rank()
+        return distributed.largest((2**40 + rank, 0.1 - rank))
+
+    assert ranks.run(found, ParallelConfig(), 2) == [[2**40 + 1, 0.1]] * 2

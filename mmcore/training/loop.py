@@ -22,7 +22,7 @@ from mmcore.models.llava import base_config
 from mmcore.models.pipeline import plan_layers, stage_layers
 from mmcore.training.batches import Batches
 from mmcore.training.memory import training_bytes
-from mmcore.training.metrics import Metrics, Validation
+from mmcore.training.metrics import Metrics, Validation, is_told
 from mmcore.training.optimizer import gather_parameters
 from mmcore.training.policy import BadSteps
 from mmcore.training.prefetch import Prefetch
@@ -91,13 +91,14 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             states=config.optimizer.states,
             fp8=config.model.fp8_parts,
         )
-        most, copies = max(needed, key=lambda one: one.total), max(one.copies for one in needed)
+        largest, copies = max(needed, key=lambda one: one.total), max(one.copies for one in needed)
         saves = f"; of its host at a save: {copies / 1e9:.3g} GB" if config.checkpoint.save_interval else ""
-        metrics.say(f"memory of a rank before activations: {most}{saves}")
+        metrics.say(f"memory of a rank before activations: {largest}{saves}")
         if state["step"] >= config.train.steps:
             metrics.say(f"nothing to do: {state['step']} steps are done, and --train.steps is {config.train.steps}")
 
-    step = int(state["step"])
+    first_step = step = int(state["step"])
+    waited = 0.0
     scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task and source else None
     if scoring and resumed:
         scoring.catch_up(step, training.ddp)
@@ -128,8 +129,12 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         step += 1
         state["consumed_samples"] += result.total.num_samples
         state["consumed_tokens"] += result.total.num_tokens
+        most = (0.0, 0.0)
+        if is_told(config, first_step, step):
+            held, data_wait = distributed.largest((host.peak_memory(), batches.waited - waited))
+            most, waited = (held, data_wait), batches.waited
         if metrics:
-            metrics.report(step, result, lr, batches, times.seconds() if times else None)
+            metrics.report(step, result, lr, batches, times.seconds() if times else None, most)
         if result.fault:
             if saving:
                 resumed = source = saving.finish()

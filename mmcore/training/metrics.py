@@ -36,6 +36,14 @@ class Source(Protocol):
 Validation = tuple[Share, dict[str, Share]]
 """In all, and of each source."""
 
+# Columns of a line on the terminal: some 140 say how the run goes, losses by source get what is left.
+WIDTH = 180
+
+
+def is_told(config: RunConfig, first_step: int, step: int) -> bool:
+    """Whether a step of a job that began after `first_step` has its line on the terminal."""
+    return step % config.logging.log_interval == 0 or step in (first_step + 1, config.train.steps)
+
 
 class Metrics:
     """Reports the steps of a run; on all ranks but the main one it is not made."""
@@ -55,7 +63,7 @@ class Metrics:
             _keep_until(log, first_step)
         self.file = self.log.open("a", buffering=1)
         self.started = self.last = time.monotonic()
-        self.left_out = 0.0
+        self.left_out = self.told_at = 0.0
         self.samples = self.positions = 0
         self.waited = 0.0
         self.rewound = ""
@@ -80,6 +88,7 @@ class Metrics:
         lr: float,
         batches: Source,
         module_seconds: Mapping[str, float] | None = None,
+        most: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """Tell one step.
 
@@ -87,6 +96,8 @@ class Metrics:
             step: the step just done, from 1.
             batches: where this rank's come from.
             module_seconds: where its time went, if that was watched.
+            most: of a step that `is_told`, the most that any rank has held, in bytes, and waited for data since the
+                last one, in seconds.
         """
         counts = batches.counts()
         now = time.monotonic()
@@ -124,18 +135,22 @@ class Metrics:
         self.file.write(json.dumps(row) + "\n")
         self._write(step, _numbers(row))
         self.bar.update(self.task, completed=step, description=f"loss {total.loss:.4f}")
-        if step % self.config.logging.log_interval == 0 or step in (self.first_step + 1, self.config.train.steps):
+        if is_told(self.config, self.first_step, step):
             first, done, all_rows = (
                 self.config.train.rows_before(at + 1) for at in (self.first_step, step, self.config.train.steps)
             )
             left = timedelta(seconds=round((now - self.started) * (all_rows - done) / (done - first)))
-            note = "".join(f" | {name} {count}" for name, count in (("skipped", skipped), ("cut", cut)) if count)
             elapsed = now - self.started - self.left_out
-            self.say(
+            share, self.told_at = most[1] / (elapsed - self.told_at), elapsed
+            fill = f" | fill {row['fill']:.0%}" if self.config.data.packing_buffer_size else ""
+            note = "".join(f" | {name} {count}" for name, count in (("skipped", skipped), ("cut", cut)) if count)
+            line = (
                 f"step {step:>6}/{self.config.train.steps} | loss {total.loss:.4f} | "
                 f"grad norm {result.grad_norm:.3f} | lr {lr:.2e} | {self.samples / elapsed:.1f} samples/s | "
-                f"{self.positions / elapsed:,.0f} tokens/s | left {left}{note}"
+                f"{self.positions / elapsed:,.0f} tokens/s{fill} | wait {share:.0%} | {most[0] / 2**30:.3g} GiB | "
+                f"left {left}{note}"
             )
+            self.say(line + _by_source(dict(zip(counts, result.sources, strict=False)), WIDTH - len(line)))
 
     def rewind(self, step: int, fault: str) -> None:
         """Forget what came after a step that the run goes back to; the next one's row says why."""
@@ -191,6 +206,17 @@ class Metrics:
         self.file.close()
         for writer in self.writers:
             writer.close()
+
+
+def _by_source(shares: Mapping[str, Share], width: int) -> str:
+    """Losses of the sources that had a part in a step, as many as there is room for; none where there is one source."""
+    parts = [f"{name[:16]} {share.loss:.2f}" for name, share in shares.items() if share.num_tokens]
+    text, separator = "", " | "
+    for part in parts if len(shares) > 1 else ():
+        if len(text) + len(separator) + len(part) > width:
+            return text
+        text, separator = text + separator + part, ", "
+    return text
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from mmcore.config import CheckpointConfig, DataConfig, LoggingConfig, RunConfig
 from mmcore.data.batch import EncodedSample, collate
 from mmcore.data.stream import Count
 from mmcore.models.flops import causal_pairs
+from mmcore.training import metrics as module
 from mmcore.training.loss import Share, token_loss
 from mmcore.training.metrics import Metrics
 from mmcore.training.step import StepResult
@@ -92,6 +93,29 @@ def test_what_a_step_leaves(config: RunConfig, tmp_path: Path, capfd: pytest.Cap
     assert [event.step for event in board.Scalars("loss/chats")] == [1]  # it had no part in the second step
     said = capfd.readouterr().err
     assert "step      1/9 | loss 2.5000 | grad norm 0.500 | lr 1.00e-03" in said and "| skipped 1 | cut 2" in said
+
+
+def test_the_line_of_a_step(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Short enough: sources that find no place are in the log, as all of them are."""
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    config = replace(config, train=TrainConfig(steps=20_000, global_batch_size=4))
+    metrics = Metrics(replace(config, logging=LoggingConfig(log_interval=2)), 10_000)
+    shares = [Share(loss=2.0 + index, num_tokens=30, num_samples=4, num_positions=99) for index in range(9)]
+    named = Batches(**{f"source_{index}": Count() for index in range(9)})
+    for number, most in ((10_001, (3 << 30, 1.0)), (10_002, (5 << 30, 4.5)), (10_003, (9 << 30, 9.0))):
+        clock[0] += 10
+        metrics.report(number, step(*shares), 1e-3, named, None, most)
+    clock[0] += 10
+    metrics.report(10_004, step(*shares[:2]), 1e-3, Batches(llava=Count(), coco=Count()), None, (0, 0))
+    metrics.close()
+    first, second, fourth = capfd.readouterr().err.splitlines()
+    assert " | grad norm 0.500 | lr 1.00e-03 | 3.6 samples/s | 89 tokens/s | fill 223% | wait 10% | 3 GiB | " in first
+    assert "| wait 45% | 5 GiB | left 1 day, 3:46:20 | source_0 2.00, source_1 3.00" in second
+    assert len(first) < 180 and len(second) < 180 and "source_8" not in first
+    assert fourth.endswith(" | llava 2.00, coco 3.00") and len(fourth) < 170
 
 
 def test_one_source_is_not_told_twice(config: RunConfig, tmp_path: Path) -> None:
