@@ -42,7 +42,7 @@ def choose(logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[float]
         return chosen
     rows = torch.tensor(drawn, device=logits.device)
     tokens, probabilities = distribution(logits[rows], [samplings[index] for index in drawn])
-    shares = probabilities.double().cumsum(dim=-1)  # float64 [n, k]
+    shares = probabilities.double().cumsum(dim=-1)  # float64 [n, v]
     wanted = torch.tensor([draws[index] for index in drawn], device=logits.device, dtype=torch.float64)
     place = torch.searchsorted(shares, wanted[:, None] * shares[:, -1:], right=True)  # [n, 1]
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # the largest draw may round up to the whole
@@ -57,8 +57,8 @@ def distribution(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor,
         logits: float32 [n, v].
         samplings: of each row, none with temperature 0.
     Returns:
-        Tokens int64 [n, k], the most probable first, and what each is drawn with, float32 [n, k]; k is v, or the
-        largest top-k if all have one.
+        Tokens int64 [n, v], the most probable first and of equals the lower id, and what each is drawn with, float32
+        [n, v].
     """
     vocabulary = logits.shape[1]
     counts = [min(sampling.top_k or vocabulary, vocabulary) for sampling in samplings]
@@ -68,8 +68,9 @@ def distribution(logits: Tensor, samplings: Sequence[Sampling]) -> tuple[Tensor,
 
     logits = logits - logits.max(dim=-1, keepdim=True).values  # so that the coldest of temperatures leaves one finite
     scaled = logits / column([sampling.temperature for sampling in samplings])
-    scaled, tokens = scaled.topk(max(counts), dim=-1)  # [n, k], sorted
-    rank = torch.arange(max(counts), device=logits.device)
+    # Not by topk, which orders equals as the largest k of all rows has it, and in bf16 there are many.
+    scaled, tokens = scaled.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocabulary, device=logits.device)
     scaled = scaled.masked_fill(rank >= column(counts), float("-inf"))
     probabilities = scaled.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # of what is more probable

@@ -270,10 +270,9 @@ class Engine:
         if logits is not None:
             chosen = self._choose(logits)
         from_last_stage(chosen)
-        result: list[int] = chosen.tolist()
-        for running, token in zip(self.rows, result, strict=True):
+        for running, token in zip(self.rows, chosen.tolist(), strict=True):
             running.last = token
-        return result
+        return [running.last for running in self.rows]
 
     def _choose(self, logits: Tensor) -> Tensor:
         """[n, v] -> int64 [n]."""

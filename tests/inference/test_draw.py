@@ -49,7 +49,6 @@ def test_the_distribution_is_that_of_transformers() -> None:
         expected = warpers(None, scores[row : row + 1]).softmax(-1)[0]
         torch.testing.assert_close(found[row], expected)
         assert (found[row] > 0).tolist() == (expected > 0).tolist()
-    assert len(distribution(scores, [Sampling(temperature=1.0, top_k=3)] * len(SAMPLINGS))[0][0]) == 3
 
 
 def test_the_penalty_is_that_of_transformers() -> None:
@@ -83,7 +82,8 @@ def test_the_ends_of_the_range() -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
-    scores, draws = logits(8), [0.1, 0.9, 0.4, 0.6, 0.2, 0.8, 0.3, 0.99]
+    """Nor where many tokens are equal, as in bf16."""
+    scores, draws = logits(8).round(), [0.1, 0.9, 0.4, 0.6, 0.2, 0.8, 0.3, 0.99]
     samplings = [Sampling(), *SAMPLINGS]
     together = choose(scores, samplings, draws)
     for row in range(8):
