@@ -29,7 +29,7 @@ class ModelConfig:
     """Preset that its projector must be, likewise."""
     freeze: tuple[str, ...] = ()
     """What keeps its weights: vision_model, vision_projection, language_model, or any module or parameter whose whole
-    name a regular expression matches, such as 'language_model\\.embedding'."""
+    name a regular expression matches, such as 'language_model\\.embedding'. Of the layers of a stack all or none."""
     backend: Literal["auto", "local", "transformer_engine", "transformer_engine_fused"] = "auto"
     """Kernels: auto takes Transformer Engine where it and CUDA are there. transformer_engine_fused has two more of
     them, which have not been run on a GPU yet."""
