@@ -14,9 +14,16 @@ from mmcore.training import freezing
 from mmcore.training.optimizer import build_optimizer, build_scheduler, wrap
 from mmcore.training.step import train_step
 from tests import ranks, tiny
-from tests.training.test_layouts import LAYOUTS, microbatches
+from tests.training.test_layouts import LAYOUTS, SEQUENCE_PARALLEL, microbatches
 
-ALL = {"tp1": (ParallelConfig(), 1), **LAYOUTS}
+ALL = {"tp1": (ParallelConfig(), 1), **LAYOUTS, "tp2sp": (SEQUENCE_PARALLEL, 2)}
+ONE_WAY = ("tp1", "tp2", "pp2", "dp2")
+# Layouts that a checkpoint is written at and read at.
+PAIRS = [
+    *((written, read) for written in ONE_WAY for read in (*ONE_WAY, "tp2pp2") if read != written),
+    *(("tp2pp2", read) for read in ONE_WAY),
+    *(("tp2sp", "tp1"), ("pp2", "tp2sp")),
+]
 STEPS = 4
 
 
@@ -58,9 +65,9 @@ def run(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: Any) -> dict[str, tuple[Path, list[Any]]]:
-    """One run saved at each of four layouts, with what it did before and after."""
+    """One run saved at each layout, with what it did before and after."""
     found = {}
-    for name in ("tp1", "tp2", "pp2", "dp2"):
+    for name in ALL:
         folder = tmp_path_factory.mktemp(name)
         (folder / "tokenizer").mkdir()
         layout, world_size = ALL[name]
@@ -71,7 +78,7 @@ def saved(tmp_path_factory: Any) -> dict[str, tuple[Path, list[Any]]]:
     return found
 
 
-@pytest.mark.parametrize("written", ["tp1", "tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("written", ALL)
 def test_resumes_bit_for_bit(written: str, saved: Any) -> None:
     folder, uninterrupted = saved[written]
     layout, world_size = ALL[written]
@@ -83,10 +90,7 @@ def test_resumes_bit_for_bit(written: str, saved: Any) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("written", "read"),
-    [(written, read) for written in ("tp1", "tp2", "pp2", "dp2") for read in ALL if read != written],
-)
+@pytest.mark.parametrize(("written", "read"), PAIRS)
 def test_resumes_at_another_layout(written: str, read: str, saved: Any) -> None:
     """Each of them at each other. Tolerance as in test_layouts: float32 sums in another order, over the steps that
     follow. The second loss and norm come after an update, so they are those of the optimizer's state too.
@@ -95,6 +99,12 @@ def test_resumes_at_another_layout(written: str, read: str, saved: Any) -> None:
     layout, world_size = ALL[read]
     for result in ranks.run(lambda: run(layout, folder, resume=True, steps=2), layout, world_size):
         assert result == pytest.approx(uninterrupted[2 * STEPS : 2 * STEPS + 4], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "tp1"])
+def test_trains_alike_at_every_layout(name: str, saved: Any) -> None:
+    """Losses and norms of eight updates."""
+    assert saved[name][1] == pytest.approx(saved["tp1"][1], rel=1e-4)
 
 
 def test_stage_without_trained_parameters(tmp_path: Path) -> None:

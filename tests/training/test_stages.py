@@ -67,9 +67,9 @@ def other_freeze(layout: ParallelConfig, root: Path) -> None:
     Training(config, tiny.build(layout)).resume(root / "run" / "step_00000004")
 
 
-def killed(layout: ParallelConfig, root: Path) -> list[list[Any]]:
+def killed(layout: ParallelConfig, root: Path, steps: tuple[int, ...] = KILLED) -> list[list[Any]]:
     found = []
-    for step in KILLED:
+    for step in steps:
         training = Training(CONFIG, tiny.build(layout, seed=9))
         assert training.resume(root / "run" / f"step_{step:08d}")["step"] == step
         found.append(run(training, step + 1))
@@ -88,6 +88,12 @@ def test_killed_around_a_switch(name: str, tmp_path: Path) -> None:
     for results in ranks.run(killed, layout, world_size, layout, tmp_path):
         for step, result in zip(KILLED, results, strict=True):
             assert result == whole[step:]
+    if name == "pp2":  # a switch on other ranks than those that the stage before was saved on
+        other, world_size = LAYOUTS["tp2"]
+        for (result,) in ranks.run(killed, other, world_size, other, tmp_path, (6,)):
+            for row, expected in zip(result, whole[6:], strict=True):
+                assert (row[0], row[-1]) == (expected[0], expected[-1])
+                assert row[1:-1] == pytest.approx(expected[1:-1], rel=1e-4)
     if name == "dp2":
         with pytest.raises(
             AssertionError, match=r"was written with --optimizer.lr 0.002 and --optimizer.module-lr vis"
