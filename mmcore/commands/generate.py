@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -20,15 +20,25 @@ from mmcore.inference.parts import Part, Row, publish, read_parts
 from mmcore.inference.sampling import Sampling
 from mmcore.models.architecture import Architecture, check_layout, load_architecture, newest
 
+if TYPE_CHECKING:
+    from mmcore.models.llava import LlavaModel
+
 # The slowest replica is waited for as long as it takes.
 PATIENCE = timedelta(days=365)
+LOSS = "loss"
+
+# Options that count where the model writes, and where it is asked something at all. --max-new-tokens is let be: scripts
+# give it to every task.
+_OF_TEXT = ("temperature", "repetition_penalty", "stop")
+_OF_ANSWERS = ("images", "prompt", "answer_by", "batch_size", "shuffle_images")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateConfig:
     """Let a checkpoint answer a task's examples; start it under torchrun for more than one rank.
 
-    Answers are kept as they come, in OUTPUT.part*: the same command goes on where it was killed.
+    Answers are kept as they come, in OUTPUT.part*: the same command goes on where it was killed. The task loss asks
+    nothing: of every sample of a dataset it writes the loss.
     """
 
     checkpoint: Path
@@ -86,8 +96,9 @@ class GenerateConfig:
         if self.sampling.temperature == 0:
             self._refuse(("top_p", "top_k", "seed"), "nothing is drawn without --temperature, such as 1.0")
         if self.answer_by == "option-loss":
-            unused = ("temperature", "repetition_penalty", "stop")
-            self._refuse(unused, "with --answer-by option-loss the model writes nothing")
+            self._refuse(_OF_TEXT, "with --answer-by option-loss the model writes nothing")
+        if self.task == LOSS:
+            self._refuse((*_OF_ANSWERS, *_OF_TEXT), f"--task {LOSS} asks nothing")
 
     def _refuse(self, names: tuple[str, ...], reason: str) -> None:
         """Options that would change nothing."""
@@ -124,6 +135,8 @@ def main(argv: list[str]) -> int:
         architecture = replace(architecture, conversation=config.conversation)
     check_layout(architecture, parallel)
     parallel.data_parallel_size(int(os.environ.get("WORLD_SIZE", 1)))
+    if config.task == LOSS:
+        return losses(config, parallel, architecture, source)
     examples = chosen(config)
     if int(os.environ.get("RANK", 0)) != 0:
         answer(config, parallel, architecture, source, examples, {}, {})
@@ -201,16 +214,13 @@ def answer(
     Args:
         run: see `fingerprint`; the main rank's counts, as does what is done.
     """
-    import torch
     import torch.distributed as dist
 
-    from mmcore import distributed, host
-    from mmcore.checkpoint import load_checkpoint
+    from mmcore import distributed
     from mmcore.data.tokenizer import load_tokenizer
     from mmcore.inference.generator import share
     from mmcore.inference.predict import Asking, answer_examples
     from mmcore.inference.progress import AnswerProgress
-    from mmcore.models.llava import LlavaModel, base_config
 
     tokenizer = load_tokenizer(source / TOKENIZER_DIR)
     distributed.initialize(parallel, seed=0)
@@ -219,10 +229,7 @@ def answer(
     left = [example for example in examples if example.id not in told[0]]
     mine = [left[index] for index in share(len(left))]
     if left:
-        half = config.precision == "bf16" or (config.precision == "auto" and host.has_cuda())
-        dtype = torch.bfloat16 if half else torch.float32
-        model = LlavaModel(architecture, config.backend, **base_config(parallel, dtype)).to(host.device(), dtype).eval()
-        load_checkpoint(source, model)
+        model = _loaded(config, parallel, architecture, source)
         replicas = distributed.data_parallel_size()
         what = "answers" if replicas == 1 else f"answers of the first of {replicas} replicas"
         part = Part(config.output, distributed.data_parallel_rank(), told[1]) if distributed.is_data_source() else None
@@ -245,6 +252,40 @@ def answer(
             part.close()
     dist.barrier(dist.new_group(backend="gloo", timeout=PATIENCE))
     distributed.shutdown()
+
+
+def losses(config: GenerateConfig, parallel: ParallelConfig, architecture: Architecture, source: Path) -> int:
+    """Write the loss of each sample of a dataset: see `mmcore.evaluation.loss`."""
+    from mmcore import distributed
+    from mmcore.data.tokenizer import load_tokenizer
+    from mmcore.evaluation.loss import write_losses
+    from mmcore.inference.losses import dataset_losses
+
+    split = read_options(LOSS, config.options)["split"]
+    tokenizer = load_tokenizer(source / TOKENIZER_DIR)
+    distributed.initialize(parallel, seed=0)
+    model = _loaded(config, parallel, architecture, source)
+    rows = dataset_losses(model, architecture, tokenizer, str(config.data), split)
+    if distributed.is_main():
+        write_losses(config.output, rows)
+        print(f"losses of {len(rows)} samples in {config.output}")
+    distributed.shutdown()
+    return EXIT_DONE
+
+
+def _loaded(config: GenerateConfig, parallel: ParallelConfig, architecture: Architecture, source: Path) -> "LlavaModel":
+    """This rank's part of the model, in evaluation mode."""
+    import torch
+
+    from mmcore import host
+    from mmcore.checkpoint import load_checkpoint
+    from mmcore.models.llava import LlavaModel, base_config
+
+    half = config.precision == "bf16" or (config.precision == "auto" and host.has_cuda())
+    dtype = torch.bfloat16 if half else torch.float32
+    model = LlavaModel(architecture, config.backend, **base_config(parallel, dtype)).to(host.device(), dtype).eval()
+    load_checkpoint(source, model)
+    return model
 
 
 def _counts(config: GenerateConfig, examples: list[Example], rows: dict[str, Row]) -> str:

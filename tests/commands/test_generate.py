@@ -17,11 +17,13 @@ from mmcore.commands.generate import GenerateConfig
 from mmcore.config import ParallelConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.data.tokenizer import Tokenizer, load_tokenizer
+from mmcore.evaluation.loss import read_losses
 from mmcore.evaluation.task import Example
 from mmcore.inference.answers import choice_tokens, end_ids, layout
 from mmcore.inference.parts import Part
 from mmcore.models.architecture import PictureArch
 from tests import ranks, tiny
+from tests.data import fabricated
 from tests.data.fabricated import conversation, picture
 from tests.data.vocabularies import spaced
 
@@ -217,9 +219,21 @@ def test_the_answer_is_a_choice(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         mmcore(root, "none", "--answer-by", "option-loss")
 
 
+def test_losses_of_a_dataset(root: Path) -> None:
+    """The last of an option counts, so the task and its data are others."""
+    fabricated.write_shards(root / "shards", 5, split="val")
+    options = ("--task", "loss", "--data", root / "shards")
+    said, _ = mmcore(root, "losses", *options, layout=TP2, world_size=2)
+    found = [*read_losses(root / "losses")]
+    assert said == f"losses of 5 samples in {root / 'losses'}" and all(row.loss_sum > 0 for row in found)
+    mmcore(root, "losses again", *options)
+    again = [row.loss_sum for row in read_losses(root / "losses again")]
+    assert again == pytest.approx([row.loss_sum for row in found], rel=1e-5)
+
+
 def config(**options: Any) -> GenerateConfig:
     paths = {name: Path(name) for name in ("checkpoint", "data", "output")}
-    return GenerateConfig(task="coco", **{**paths, **options})
+    return GenerateConfig(**{"task": "coco", **paths, **options})
 
 
 @pytest.mark.parametrize(
@@ -230,6 +244,7 @@ def config(**options: Any) -> GenerateConfig:
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"stop": ("a", "")}, "--stop is empty"),
+        ({"task": "loss", "prompt": "What?"}, "--prompt What[?]: --task loss asks nothing"),
         ({"top_p": 0.9}, "--top-p 0.9: nothing is drawn without --temperature"),
         ({"seed": 1}, "--seed 1: nothing is drawn without --temperature"),
         ({"answer_by": "option-loss", "temperature": 1.0}, "--temperature 1.0: with --answer-by option-loss"),
