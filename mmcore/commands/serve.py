@@ -116,6 +116,7 @@ def lead(config: ServeConfig, source: Source, token: str, listener: socket.socke
             max_body_bytes=int(config.max_request_mb * 1e6),
             max_image_bytes=int(config.max_image_mb * 1e6),
             token=token,
+            host=config.host,
         )
         host, port = listener.getsockname()[:2]
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

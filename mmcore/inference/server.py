@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import secrets
 import uuid
@@ -50,9 +51,18 @@ class Service:
     max_image_bytes: int
     token: str
     """What clients have to show; nothing if empty."""
+    host: str = ""
+    """Name that the server was told to listen at. Without a token, and by no other name but an address or localhost,
+    is it to be asked: a page in a browser can give this machine's address a name of its own (DNS rebinding)."""
     readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(NUM_READERS, "reader"))
 
     async def authorize(self, request: Request) -> None:
+        if (
+            not self.token
+            and not _is_address(name := request.url.hostname or "")
+            and name not in ("localhost", self.host)
+        ):
+            raise ApiError(403, f"the server is not known as {name!r}: ask it by its address, or start it with a token")
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.token.encode())  # a header's are bytes
         if self.token and not (is_right and scheme.lower() == "bearer"):
@@ -137,6 +147,14 @@ class Service:
             end_ids=self.end_ids,
             stop=tuple(asked.stop),
         )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

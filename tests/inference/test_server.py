@@ -1,5 +1,6 @@
 """`mmcore serve` as OpenAI's own client meets it: a process on loopback, with a tiny model."""
 
+import asyncio
 import base64
 import http.client
 import io
@@ -10,14 +11,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
 import pytest
 from PIL import Image
+from starlette.requests import Request
 
 from mmcore.data.templates import Turn
 from mmcore.inference.engine import Delta, Engine
+from mmcore.inference.protocol import ApiError
+from mmcore.inference.server import Service
 from tests import answering
 from tests.answering import Command
 from tests.data.fabricated import picture
@@ -396,3 +401,25 @@ def test_ranks_answer_together(checkpoint: Path, expected: dict[str, tuple[str, 
     finally:
         for command in commands:
             command.end(timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_known"),
+    [
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("localhost", True),
+        ("gpu.lab:8000", True),
+        ("evil.example:8000", False),
+        ("", False),
+    ],
+)
+def test_without_a_token_the_server_has_no_name_that_others_gave_it(host: str, is_known: bool) -> None:
+    scope = {"type": "http", "path": "/", "query_string": b"", "headers": [(b"host", host.encode())], "server": None}
+    service: Any = SimpleNamespace(token="", host="gpu.lab")
+    asked = Service.authorize(service, Request(scope))
+    if is_known:
+        asyncio.run(asked)
+    else:
+        with pytest.raises(ApiError, match="ask it by its address"):
+            asyncio.run(asked)
