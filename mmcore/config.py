@@ -73,6 +73,8 @@ class ParallelConfig:
     num_layers_in_first_pipeline_stage: int = 0
     """The language model's layers beside the vision tower; 0 weighs what all stages compute. Training alone asks:
     checkpoints are the same."""
+    num_layers_in_last_pipeline_stage: int = 0
+    """Its layers beside the output layer, likewise; the stages between share the rest."""
     sequence_parallel: bool = False
     """Share the language model's sequences among tensor ranks wherever they do not share a layer's work: fewer
     activations on each. Only for more than one of them."""
@@ -88,22 +90,25 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
         positive("parallel", self, *names, "context_parallel_size", "distributed_timeout_minutes")
-        first, chunks = self.num_layers_in_first_pipeline_stage, self.virtual_pipeline_model_parallel_size
+        chunks = self.virtual_pipeline_model_parallel_size
         if chunks > 1 and self.pipeline_model_parallel_size == 1:
             raise ValueError(
                 f"--parallel.virtual-pipeline-model-parallel-size {chunks} cuts the stages of a pipeline, and there is "
                 "one: give --parallel.pipeline-model-parallel-size 2 or more, or leave it out"
             )
-        if 0 < first < chunks:
-            raise ValueError(
-                f"--parallel.num-layers-in-first-pipeline-stage {first} is less than the "
-                f"--parallel.virtual-pipeline-model-parallel-size {chunks} of its chunks: each needs a layer"
-            )
-        if first < 0 or (first and self.pipeline_model_parallel_size == 1):
-            raise ValueError(
-                f"--parallel.num-layers-in-first-pipeline-stage {first} with --parallel.pipeline-model-parallel-size "
-                f"{self.pipeline_model_parallel_size}: it is a number of layers, for two stages or more"
-            )
+        for place in ("first", "last"):
+            layers = getattr(self, f"num_layers_in_{place}_pipeline_stage")
+            option = f"--parallel.num-layers-in-{place}-pipeline-stage {layers}"
+            if 0 < layers < chunks:
+                raise ValueError(
+                    f"{option} is less than the --parallel.virtual-pipeline-model-parallel-size {chunks} of its "
+                    "chunks: each needs a layer"
+                )
+            if layers < 0 or (layers and self.pipeline_model_parallel_size == 1):
+                raise ValueError(
+                    f"{option} with --parallel.pipeline-model-parallel-size {self.pipeline_model_parallel_size}: it is "
+                    "a number of layers, for two stages or more"
+                )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError(
                 "--parallel.sequence-parallel shares sequences among tensor ranks, and there is one: give "

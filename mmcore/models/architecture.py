@@ -322,19 +322,28 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
                 f"--parallel.context-parallel-size {parallel.context_parallel_size} with a language model that has "
                 f"{what}: its sequences cannot be shared. Leave it out"
             )
-    stages, first = parallel.pipeline_model_parallel_size, parallel.num_layers_in_first_pipeline_stage
-    chunks = parallel.virtual_pipeline_model_parallel_size
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    given = {
+        "first": parallel.num_layers_in_first_pipeline_stage,
+        "last": parallel.num_layers_in_last_pipeline_stage,
+    }
     if language is not None and language.num_layers < stages * chunks:
         times = f" x --parallel.virtual-pipeline-model-parallel-size {chunks}" if chunks > 1 else ""
         raise ValueError(
             f"--parallel.pipeline-model-parallel-size {stages}{times} is more than the {language.num_layers} layers of "
             f"the language model: each {'chunk' if chunks > 1 else 'stage'} needs one"
         )
-    if language is not None and first and language.num_layers - first < (stages - 1) * chunks:
-        raise ValueError(
-            f"--parallel.num-layers-in-first-pipeline-stage {first} leaves {language.num_layers - first} of the "
-            f"{language.num_layers} layers of the language model to {stages - 1} other stages: each needs {chunks}"
-        )
+    given = {place: layers for place, layers in given.items() if layers}
+    if language is not None and given:
+        left, others = language.num_layers - sum(given.values()), stages - len(given)
+        if left < others * chunks or (left and not others):
+            options = " and ".join(
+                f"--parallel.num-layers-in-{place}-pipeline-stage {layers}" for place, layers in given.items()
+            )
+            raise ValueError(
+                f"{options} leaves {left} of the {language.num_layers} layers of the language model to {others} other "
+                f"stages: each needs {chunks}" + ("" if others else ", and there are none")
+            )
 
 
 def save_architecture(architecture: Architecture, folder: Path) -> None:

@@ -55,7 +55,7 @@ def step_costs(architecture: Architecture, frozen: Collection[str] = ()) -> Cost
 
 
 def split_layers(
-    num_layers: int, extra: Sequence[float], layer: float = 1.0, first: int = 0, least: int = 1
+    num_layers: int, extra: Sequence[float], layer: float = 1.0, first: int = 0, last: int = 0, least: int = 1
 ) -> list[int]:
     """Deal layers to stages so that the slowest stage is as fast as can be.
 
@@ -67,13 +67,15 @@ def split_layers(
         extra: cost of what else each stage computes.
         layer: cost of one layer.
         first: layers of the first stage; 0 leaves them to the costs.
+        last: layers of the last stage, of two or more, likewise.
         least: layers that every stage gets.
     Returns:
         Layers of each stage.
     """
-    layers = [first or least] + [least] * (len(extra) - 1)
-    dealt_to = range(1 if first and len(extra) > 1 else 0, len(extra))
-    assert sum(layers) <= num_layers
+    layers = [least] * len(extra)
+    layers[0], layers[-1] = first or layers[0], last or layers[-1]
+    dealt_to = range(bool(first), len(extra) - bool(last))
+    assert sum(layers) <= num_layers and (dealt_to or sum(layers) == num_layers)
     for _ in range(num_layers - sum(layers)):
         layers[min(dealt_to, key=lambda stage: (extra[stage] + layer * (layers[stage] + 1), -stage))] += 1
     return layers
@@ -93,8 +95,9 @@ def plan_layers(architecture: Architecture, parallel: ParallelConfig, frozen: Co
     extra = [[0.0] * chunks for _ in range(parallel.pipeline_model_parallel_size)]
     extra[0][0] += costs.vision
     extra[-1][-1] += costs.output
-    first, weights = parallel.num_layers_in_first_pipeline_stage, [sum(stage) for stage in extra]
-    stages = split_layers(architecture.language.num_layers, weights, costs.layer, first, chunks)
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    weights = [sum(stage) for stage in extra]
+    stages = split_layers(architecture.language.num_layers, weights, costs.layer, first, last, chunks)
     dealt = [split_layers(layers, stage, costs.layer) for layers, stage in zip(stages, extra, strict=True)]
     return [stage[chunk] for chunk in range(chunks) for stage in dealt]
 

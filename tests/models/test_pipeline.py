@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,11 @@ def test_equal_stages_share_evenly_and_the_rest_goes_to_the_last() -> None:
     assert split_layers(8, [0]) == [8]
 
 
-def test_the_user_sets_the_first() -> None:
+def test_the_user_sets_the_outer_stages() -> None:
     assert split_layers(8, [9, 0, 0], first=4) == [4, 2, 2]
+    assert split_layers(8, [9, 0, 0], last=5) == [1, 2, 5]
+    assert split_layers(9, [0, 0, 0, 9], first=1, last=3) == [1, 2, 3, 3]
+    assert split_layers(8, [0, 0], first=6, last=2) == [6, 2]
 
 
 def test_costs_are_those_of_the_weights() -> None:
@@ -57,6 +61,9 @@ def test_a_vision_tower_takes_layers_from_the_first_stage() -> None:
     assert plan_layers(arch, layout, ("vision_model",)) == [8, 8, 8, 8]
     layout = ParallelConfig(pipeline_model_parallel_size=4, num_layers_in_first_pipeline_stage=5)
     assert plan_layers(arch, layout) == [5, 9, 9, 9]
+    assert plan_layers(arch, replace(layout, num_layers_in_last_pipeline_stage=6)) == [5, 10, 11, 6]
+    interleaved = replace(layout, virtual_pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=6)
+    assert plan_layers(arch, interleaved) == [2, 5, 5, 3, 3, 5, 6, 3]
 
 
 def weights(folder: str, layers: tuple[int, ...], write: bool) -> dict[str, torch.Tensor]:

@@ -174,8 +174,15 @@ def test_layouts_that_do_not_fit() -> None:
         check_layout(arch, ParallelConfig(pipeline_model_parallel_size=5))
     with pytest.raises(ValueError, match=r"3 leaves 1 of the 4 layers of the language model to 2 other stages"):
         check_layout(arch, ParallelConfig(pipeline_model_parallel_size=3, num_layers_in_first_pipeline_stage=3))
-    with pytest.raises(ValueError, match=r"2 with --parallel.pipeline-model-parallel-size 1"):
-        ParallelConfig(num_layers_in_first_pipeline_stage=2)
+    pair, both = ParallelConfig(pipeline_model_parallel_size=2), {"num_layers_in_first_pipeline_stage": 1}
+    check_layout(arch, replace(pair, **both, num_layers_in_last_pipeline_stage=3))
+    with pytest.raises(ValueError, match=r"first-.*-stage 1 and --.*last-pipeline-stage 2 leaves 1 of the 4 .*none$"):
+        check_layout(arch, replace(pair, **both, num_layers_in_last_pipeline_stage=2))
+    with pytest.raises(ValueError, match=r"last-pipeline-stage 4 leaves 0 of the 4 .* 1 other stages: each needs 1$"):
+        check_layout(arch, replace(pair, num_layers_in_last_pipeline_stage=4))
+    for place in ("first", "last"):
+        with pytest.raises(ValueError, match=rf"{place}.*2 with --parallel.pipeline-model-parallel-size 1"):
+            ParallelConfig(**{f"num_layers_in_{place}_pipeline_stage": 2})
     with pytest.raises(ValueError, match="there is one"):
         ParallelConfig(sequence_parallel=True)
     with pytest.raises(ValueError, match=r"needs --parallel.overlap-grad-reduce"):
