@@ -5,7 +5,6 @@ whatever a checkpoint's files name. Here both are replaced; planning and the fil
 """
 
 import io
-import pickle
 import queue
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from mmcore import host
+from mmcore.pickles import read_description, read_state, read_tensor
 
 host.use_host()
 
@@ -27,6 +29,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy  # noqa: E402
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy  # noqa: E402
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync  # noqa: E402
 from megatron.core.msc_utils import MultiStorageClientFeature  # noqa: E402
 
@@ -39,19 +43,6 @@ filesystem_async._results_queue = queue.SimpleQueue()
 
 COMMON_FILE = "common.pt"
 _BACKEND, _VERSION = "torch_dist", 1
-
-# All that torch's writer names in .metadata. A name with dots would reach into a module, so these are whole.
-_METADATA_NAMES = {
-    "pathlib": ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
-    "torch": ("Size",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint.metadata": (
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
-    ),
-    "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
-    "torch.serialization": ("_get_layout",),
-}
 
 
 class Shards:
@@ -146,36 +137,8 @@ def _apart(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
     return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
 
 
-class _MetadataReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _METADATA_NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's description")
-
-
-def read_description(folder: Path) -> Metadata:
-    """Read a checkpoint's .metadata: what is not part of a description is refused before it is imported.
-
-    Raises:
-        ValueError: it is damaged, or names something else than torch's writer does.
-    """
-    path = folder / ".metadata"
-    try:
-        with path.open("rb") as file:
-            description = _MetadataReader(file).load()
-        if not isinstance(description, Metadata):
-            raise pickle.UnpicklingError(f"it is a {type(description).__name__}")
-    except Exception as error:  # a damaged pickle can raise any
-        raise ValueError(
-            f"{path} cannot be read as the description of a checkpoint ({error}): take another checkpoint, from where "
-            "you trust what you get"
-        ) from None
-    return description
-
-
 class _Reader(FileSystemReader):
-    """torch's, but for .metadata, which it would let run anything."""
+    """torch's, but for the pickles in it, which it would let run anything or take any memory."""
 
     def __init__(self, folder: Any) -> None:
         super().__init__(folder)
@@ -188,16 +151,55 @@ class _Reader(FileSystemReader):
                 self.description.storage_meta.load_id = self.load_id
         return self.description
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            path = Path(self.path) / place.relative_path
+            if item.type == LoadItemType.BYTE_IO:
+                planner.load_bytes(item, io.BytesIO(_part(path, place.offset, place.length)))
+                continue
+            whole = read_tensor(path, place.offset, place.length)
+            piece = narrow_tensor_by_index(whole, item.storage_offsets, item.lengths)
+            target = planner.resolve_tensor(item).detach()
+            if piece.shape != target.shape:  # which copy_ might mend
+                raise ValueError(f"{path}: {item.storage_index.fqn} is {list(piece.shape)}, not {list(target.shape)}")
+            target.copy_(piece)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _part(path: Path, offset: int, length: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(length)
+
 
 class _LoadPlanner(torch_dist.MCoreLoadPlanner):
     """megatron-core's, but for objects that are no tensors: torch reads them, plain data only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
-        torch.save(torch.load(value, weights_only=True), plain)
+        torch.save(read_state(value), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
 
+class _CommonLoader(TorchCommonLoadStrategy):
+    """megatron-core's, but for what is in common.pt: plain data only, and no weights.
+
+    It would take weights from there, among them Transformer Engine's `_extra_state`, which that unpickles.
+    """
+
+    def load_common(self, checkpoint_dir: str | Path) -> Any:
+        path = Path(checkpoint_dir) / COMMON_FILE
+        content = read_state(path)
+        if not isinstance(content, dict) or "model" in content:
+            raise ValueError(f"{path} holds weights, whose place is among the shards: convert them again")
+        return content
+
+
 torch_dist.MCoreLoadPlanner = _LoadPlanner
 torch_dist._get_filesystem_reader = lambda folder, cache_metadata=False: _Reader(folder)
+register_default_strategy(StrategyAction.LOAD_COMMON, "torch", _VERSION, _CommonLoader())

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "constants",
     "checks",
+    "foreign",
     "config_train",
     "config",
     "config_yaml",
@@ -19,6 +20,7 @@ ORDER = (
     "distributed",
     "models",
     "checkpoint_files",
+    "pickles",
     "checkpoint_shards",
     "checkpoint_optimizer",
     "checkpoint",
@@ -29,19 +31,20 @@ ORDER = (
 )
 ALLOWED = {room: set(ORDER[: index + 1]) for index, room in enumerate(ORDER)}
 ALLOWED["distributed"] |= {"host"}
-ALLOWED["data"] = {"constants", "checks", "config", "data"}
+ALLOWED["data"] = {"constants", "checks", "foreign", "config", "data"}
 ALLOWED["recipes"] = {"config"}
 ALLOWED["__main__"] = {"constants", "checks", "environment"}
 for room in ("training", "inference", "commands"):
     ALLOWED[room] |= {"data"}
 ALLOWED["commands"] |= {"recipes"}
-ALLOWED["evaluation"] -= {"models", "distributed", "host", "checkpoint"}
-CONVERTERS = {"constants", "config", "models.architecture", "models.presets"}
+ALLOWED["evaluation"] -= {"models", "distributed", "host", "pickles", "checkpoint"}
+CONVERTERS = {"constants", "config", "pickles", "models.architecture", "models.presets"}
 FOLDER = ROOT / "tools" / "converters"
 PROOF = "parity/ranks.py"
 LIGHT = (
     "constants.py",
     "checks.py",
+    "foreign.py",
     "config.py",
     "config_train.py",
     "config_yaml.py",

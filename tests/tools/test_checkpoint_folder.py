@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_folder import StoredTensor, new_folder, stored_tensors, write_checkpoint
-from checkpoint_pickles import read_tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
+
+from mmcore.pickles import read_tensor
 
 
 def tensors() -> dict[str, StoredTensor]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_pickles import read_metadata, read_tensor
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
@@ -32,6 +31,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mmcore.constants import MODEL_FILE
+from mmcore.pickles import read_description, read_tensor
 
 _METADATA_FILE = ".metadata"
 # megatron/core/dist_checkpointing/core.py, CheckpointingConfig.
@@ -179,7 +179,7 @@ def stored_tensors(folder: Path, module: str) -> dict[str, StoredTensor]:
     """
     if not (folder / _FORMAT_FILE).is_file() or not (folder / _METADATA_FILE).is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it lacks {_FORMAT_FILE} or {_METADATA_FILE}")
-    metadata = read_metadata(folder / _METADATA_FILE)
+    metadata = read_description(folder)
     found: dict[str, StoredTensor] = {}
     for key, stored in metadata.state_dict_metadata.items():
         if not key.startswith(f"{module}.") or not isinstance(stored, TensorStorageMetadata):

@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import pickle
-import re
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from mmcore.pickles import read_modules, read_state
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -28,16 +27,6 @@ _SAFETENSORS_DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}
-STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
 }
 
 
@@ -113,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
@@ -154,7 +143,7 @@ def open_file(path: Path) -> Weights:
         raise ValueError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    content = _read_torchscript(path) if _is_torchscript(path) else _unpickle(path)
+    content = read_modules(path) if _is_torchscript(path) else read_state(path)
     nested = content.get("state_dict") if isinstance(content, dict) else None
     state = nested if isinstance(nested, dict) else content
     if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
@@ -185,77 +174,9 @@ def _open_safetensors(path: Path) -> Weights:
     return Weights(name=str(path), files=(path,), headers=headers, read=read)
 
 
-def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        if name := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} is refused: it holds more than tensors, and reading it would run code that it names "
-                f"({name[1]}). Save it as safetensors where you trust it"
-            ) from None
-        raise ValueError(f"{path} is damaged, or not a file that torch.save wrote") from None
-    except (OSError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read by torch ({str(error).splitlines()[0]})") from None
-
-
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-class _Module(dict[str, Any]):
-    """Stands for any module of a TorchScript archive: its attributes by name."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.update(state)
-
-
-class _ModuleReader(pickle.Unpickler):
-    """Reads the modules of a TorchScript archive as dicts of tensors.
-
-    OpenAI's CLIP comes as such an archive. torch.jit.load would compile the code in it; here code is
-    not even looked at, and what is not a module, a tensor or a plain value is refused.
-    """
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self.archive, self.root = archive, root
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Module
-        if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: storage.as_strided(size, stride, offset)
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch.jit._pickle":  # typed lists and dicts of plain values
-            return lambda value, *_: value
-        raise pickle.UnpicklingError(f"{module}.{name} is neither a module nor a tensor")
-
-    def persistent_load(self, place: Any) -> Tensor:
-        _, dtype, key, *_ = place
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.root}/data/{key}")), dtype=dtype)
-
-
-def _read_torchscript(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
-            return _tensors(_ModuleReader(archive, archive.namelist()[0].split("/")[0]).load())
-    except Exception as error:  # a damaged pickle can raise any
-        raise ValueError(f"{path} cannot be read as a TorchScript archive of weights ({error})") from None
-
-
-def _tensors(module: _Module, prefix: str = "") -> dict[str, Tensor]:
-    """The state dict of a module: names of nested tensors, joined by dots."""
-    found: dict[str, Tensor] = {}
-    for name, value in module.items():
-        if isinstance(value, _Module):
-            found |= _tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, Tensor):
-            found[f"{prefix}{name}"] = value
-    return found
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False

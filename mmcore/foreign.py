@@ -1,0 +1,64 @@
+"""What is believed of a file that a stranger made: how large it may be, and how much more a small one may stand for.
+
+The standard library alone, for all rooms. Names that files have for code are refused where they are read:
+mmcore.pickles, mmcore.data.energon.
+"""
+
+import json
+import zipfile
+from typing import Any
+
+# What Pillow may try, and the extension that a sample of a shard has for it. Pillow knows dozens more,
+# some of which run other programs (EPS).
+PICTURE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+
+# Checked before anything is decoded: a file of a few kilobytes can stand for gigabytes of pixels.
+MAX_PIXELS = 1 << 26
+
+# Of one picture's file, and of one line of JSON Lines.
+MAX_PICTURE_BYTES, MAX_LINE_BYTES = 1 << 28, 1 << 24
+
+# Compressed text, tables and pictures take more than a hundredth of what they stand for, unless that is little.
+MAX_RATIO, FREE_BYTES = 100, 1 << 23
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, of which a thousand brackets are no fault of ours.
+
+    Raises:
+        json.JSONDecodeError: not JSON, or nested too deeply.
+        UnicodeDecodeError: of bytes, no text.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+
+
+def check_unpacked(where: str, packed: int, unpacked: int) -> None:
+    """Refuse what is far larger than the file that it comes out of.
+
+    Args:
+        where: for the message.
+        packed, unpacked: bytes.
+    Raises:
+        ValueError: it is.
+    """
+    if unpacked > max(FREE_BYTES, MAX_RATIO * packed):
+        raise ValueError(
+            f"{where} would unpack to {unpacked} bytes or more from {packed}, as no honest file does: take it from "
+            "where you trust what you get, or unpack it yourself"
+        )
+
+
+def check_zip(archive: zipfile.ZipFile, where: str) -> None:
+    """`check_unpacked`, for all of an archive's files together.
+
+    Raises:
+        ValueError: they are far larger than the archive.
+    """
+    assert archive.fp is not None
+    position = archive.fp.tell()
+    packed = archive.fp.seek(0, 2)
+    archive.fp.seek(position)
+    check_unpacked(where, packed, sum(entry.file_size for entry in archive.infolist()))
