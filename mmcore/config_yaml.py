@@ -9,6 +9,8 @@ import yaml
 from mmcore.checks import nearest
 from mmcore.config import RunConfig
 
+MAX_CHARACTERS = 1 << 20
+
 
 def merge(config: Any, values: dict[str, Any], where: str, prefix: str = "") -> Any:
     """Replace fields of a config dataclass by a nested dict's values.
@@ -76,16 +78,36 @@ def load_yaml(path: Path) -> dict[str, Any]:
         ValueError: missing, unreadable, not YAML, or not a mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = _safe_load(path.read_text())
     except OSError as error:
         raise ValueError(f"--config {path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"--config {path} must hold sections (model, parallel, data, ...), not {type(content).__name__}"
         )
     return content
+
+
+def _safe_load(text: str) -> Any:
+    """`yaml.safe_load`, of what is short with all its aliases written out, as messages write it."""
+    if len(text) > MAX_CHARACTERS or _length(yaml.compose(text, yaml.SafeLoader), {}) > MAX_CHARACTERS:
+        raise yaml.YAMLError(f"it stands for more than {MAX_CHARACTERS} characters")
+    return yaml.safe_load(text)
+
+
+def _length(node: Any, known: dict[int, int]) -> int:
+    """Characters that a node stands for, with what is known of others."""
+    if id(node) not in known:
+        known[id(node)] = MAX_CHARACTERS  # as long as it is being counted: of one that holds itself
+        if isinstance(node, yaml.MappingNode):
+            inside = [part for pair in node.value for part in pair]
+        else:
+            inside = node.value if isinstance(node, yaml.SequenceNode) else []
+        own = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
+        known[id(node)] = 1 + own + sum(_length(part, known) for part in inside)
+    return known[id(node)]
 
 
 def as_yaml(config: RunConfig) -> str:

@@ -24,13 +24,18 @@ from megatron.energon import WorkerConfig
 from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset.config import skip_meta_re, split_name_re
 from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
-from megatron.energon.metadataset import load_dataset
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
+from mmcore.data.energon import load_dataset
 from mmcore.data.shards import INFO_FILE, META_DIR, SUMS_FILE
 
 # Shards of a source that a process keeps open.
 OPEN_SHARDS = 64
+
+# What is believed of a dataset that a stranger made.
+MAX_SAMPLE_BYTES = 1 << 28
+MAX_SHARD_SAMPLES = 1 << 24
+MAX_REPETITIONS = 10_000
 
 
 class RawSample(NamedTuple):
@@ -59,6 +64,8 @@ class Shard:
 
     def read(self, index: int) -> bytes:
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        if not 0 <= end - start <= MAX_SAMPLE_BYTES:
+            raise ValueError(f"it would have {end - start} bytes, and at most {MAX_SAMPLE_BYTES} are read")
         if self._descriptor is not None:
             data = os.pread(self._descriptor, end - start, start)  # moves no position that forks would share
         else:
@@ -116,7 +123,7 @@ class Source:
         within = number - (self._ends[place] - count)
         try:
             key, parts = members(self._open(place).read(within))
-        except (IndexError, OSError, ValueError, tarfile.TarError) as error:
+        except (IndexError, OSError, RecursionError, ValueError, tarfile.TarError) as error:
             raise ValueError(f"sample {within} of {path} cannot be read ({error})") from None
         if f"{path.name}/{key}" in self.excluded:
             return None
@@ -138,7 +145,8 @@ def members(data: bytes) -> tuple[str, dict[str, bytes]]:
     """Key and parts of a sample, from the stretch of a tar file that holds it.
 
     Raises:
-        ValueError, tarfile.TarError: not such a stretch.
+        ValueError, tarfile.TarError: not such a stretch, or a member is a link, a device, sparse, or leads out of its
+            folder by its name.
     """
     key, offset = "", 0
     parts: dict[str, bytes] = {}
@@ -147,7 +155,7 @@ def members(data: bytes) -> tuple[str, dict[str, bytes]]:
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):  # names beyond ustar, folders
             return _members(data)
         offset += tarfile.BLOCKSIZE
-        key = _add(parts, key, header.name, data[offset : offset + header.size])
+        key = _add(parts, key, header.name, _content(data, offset, header))
         offset += -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return _whole(key, parts)
 
@@ -158,11 +166,18 @@ def _members(data: bytes) -> tuple[str, dict[str, bytes]]:
     parts: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
         for member in tar:
-            if member.isfile():
-                content = tar.extractfile(member)
-                assert content is not None
-                key = _add(parts, key, member.name, content.read())
+            content = _content(data, member.offset_data, member)
+            if not member.isdir():
+                key = _add(parts, key, member.name, content)
     return _whole(key, parts)
+
+
+def _content(data: bytes, offset: int, member: tarfile.TarInfo) -> bytes:
+    if not (member.isreg() or member.isdir()) or member.issparse():
+        raise ValueError(f"{member.name} is a link, a device or sparse, and no plain file")
+    if not 0 <= member.size <= len(data) - offset:  # a size below zero would lead back, for ever
+        raise ValueError(f"{member.name} would have {member.size} bytes, more than are there")
+    return data[offset : offset + member.size]
 
 
 def _add(parts: dict[str, bytes], key: str, name: str, content: bytes) -> str:
@@ -170,6 +185,8 @@ def _add(parts: dict[str, bytes], key: str, name: str, content: bytes) -> str:
     found = split_name_re.match(name)
     if not found or skip_meta_re.match(name):
         return key
+    if name.startswith("/") or ".." in name.split("/"):
+        raise ValueError(f"{name} leads out of its folder")
     if key and found[1] != key:
         raise ValueError(f"its index is not that of the file: {name} stands in the sample {key}")
     parts[found[2]] = content
@@ -210,7 +227,11 @@ def open_dataset(path: str, split: str = "train") -> Dataset:
         )
     except EmptyDatasetError:
         raise ValueError(f"the dataset {path} has no samples in its split {split!r}: prepare it again") from None
-    except (AssertionError, KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # of YAML, JSON and what they mean: energon raises whatever it stumbles over
+        if isinstance(error, KeyError) and error.args == (split,):
+            raise ValueError(
+                f"the blend {path} has no split {split!r}: name its datasets there, as for train"
+            ) from None
         raise ValueError(f"the dataset {path} is no readable energon dataset ({error!r}): prepare it again") from None
     names = Counter(part.dataset.path.name for part in found.datasets if hasattr(part.dataset, "shards"))
     sources = tuple(_source(number, part, path, names) for number, part in enumerate(found.datasets))
@@ -225,7 +246,11 @@ def _source(number: int, part: LoadedDataset, path: str, names: Counter[str]) ->
             f"the dataset {path} asks for a join, for auxiliary files or for JSON Lines, which mmcore does not read: "
             "name webdatasets, and prepare what they need into their samples"
         )
+    if part.repetitions is not None and not 0 <= part.repetitions <= MAX_REPETITIONS:
+        raise ValueError(f"the dataset {path} repeats {dataset.path.name} {part.repetitions} times in an epoch")
     for shard in dataset.shards:
+        if shard.name.startswith("/") or ".." in shard.name.split("/"):
+            raise ValueError(f"the dataset {path} names the shard {shard.name}, which leads out of its folder")
         if shard.path.is_local():
             _check_shard(shard.path.local_path(), shard.count)
     begin, end = dataset.subset.compute_subset(len(dataset)) if dataset.subset else (0, len(dataset))
@@ -248,7 +273,7 @@ def _check_shard(path: Path, count: int) -> None:
     for file in (path, index):
         if not file.is_file():
             raise ValueError(f"{file} is missing from the dataset: copy it again, or prepare the dataset again")
-    if index.stat().st_size != 8 * (count + 1):
+    if not 0 <= count <= MAX_SHARD_SAMPLES or index.stat().st_size != 8 * (count + 1):
         raise ValueError(f"{index} is not the index of {count} samples: copy it again, or prepare the dataset again")
 
 

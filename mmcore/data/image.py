@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 from PIL import ExifTags, Image
 
 from mmcore.constants import CLIP_IMAGE_MEAN
+from mmcore.foreign import MAX_PIXELS, PICTURE_FORMATS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What Pillow may try, and the extension that a sample of a shard has for it. Pillow knows dozens more,
-# some of which run other programs (EPS).
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-EXTENSIONS = FORMATS | {"MPO": "jpg"}  # several JPEGs in one file, as some cameras write it; opened as JPEG
+EXTENSIONS = PICTURE_FORMATS | {"MPO": "jpg"}  # several JPEGs in one file, as some cameras write it; opened as JPEG
 
-# Checked before anything is decoded: a file of a few kilobytes can stand for gigabytes of pixels.
-MAX_PIXELS = 1 << 26
+# Pixels that are laid on white at a time.
+STRIP_PIXELS = 1 << 20
 
 WHITE = (255, 255, 255, 255)
 BACKGROUND = tuple(int(255 * value) for value in CLIP_IMAGE_MEAN)
@@ -207,15 +205,21 @@ def _refuse_above_limit(image: Picture, num_pixels: int) -> None:
 def _open(data: bytes) -> Image.Image:
     """Read the header only."""
     try:
-        image = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
+        image = Image.open(io.BytesIO(data), formats=tuple(PICTURE_FORMATS))
     except (Image.UnidentifiedImageError, EOFError):
-        raise ValueError(f"not a picture: {len(data)} bytes that are none of {', '.join(FORMATS)}") from None
+        raise ValueError(f"not a picture: {len(data)} bytes that are none of {', '.join(PICTURE_FORMATS)}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"a picture of too many pixels ({error})") from None
     except Exception as error:  # as in decode_image: a header can be broken too
         raise ValueError(f"a broken picture ({error})") from None
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {MAX_PIXELS} are decoded")
+    limit = MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS  # of which Pillow makes four copies
+    if image.width * image.height > limit:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {limit} are decoded")
+    if image.format == "TIFF":
+        tags: Any = getattr(image, "tag_v2", {})
+        tile = [tags.get(name, 0) for name in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)]
+        if tile[0] * tile[1] > limit:
+            raise ValueError(f"a picture in tiles of {tile[0]} x {tile[1]} pixels; at most {limit} are decoded")
     return image
 
 
@@ -239,6 +243,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32 bits a channel, whose range is not known")
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, WHITE)
-        return Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In strips, for on the way to it a large picture would be in memory five times."""
+    canvas = Image.new("RGB", image.size)
+    height = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        strip = image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA")
+        canvas.paste(Image.alpha_composite(Image.new("RGBA", strip.size, WHITE), strip).convert("RGB"), (0, top))
+    return canvas

@@ -7,7 +7,6 @@ of one picture. Nothing else grows with the dataset.
 """
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from mmcore.data.sources.workers import map_in_order
 from mmcore.data.tally import Example, Prints, Tally
 from mmcore.data.task_encoder import Layout, build_layout, lay_out, picture_files
 from mmcore.data.tokenizer import load_tokenizer
+from mmcore.foreign import parse_json
 
 # Samples that a process looks at before it reports.
 STRETCH = 8
@@ -204,7 +204,7 @@ def _lay_out(
 def _reason(parts: dict[str, bytes], num_pictures: int) -> str:
     """Which finding it is that a sample cannot be laid out, whatever its length."""
     try:
-        content = json.loads(parts["json"])
+        content = parse_json(parts["json"])
         is_document = isinstance(content.get("text"), str)
         turns = [{"from": "gpt", "value": content["text"]}] if is_document else content["conversations"]
         num_tags = sum(turn["value"].count(IMAGE_TAG) for turn in turns)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from mmcore.config import DataConfig
 from mmcore.data.batch import Batch
@@ -22,6 +22,8 @@ from mmcore.data.pictures import Pictures
 from mmcore.data.stream import Blend, Count, Place, Stream, TooManySkippedError, build_blend
 from mmcore.data.task_encoder import Layout, build_layout
 from mmcore.data.tokenizer import Tokenizer
+from mmcore.data.workers import start_workers, stop_workers
+from mmcore.foreign import parse_json
 
 # A run's streams, unless ranks and workers ask for more or the dataset is too small: it can then be
 # resumed on as many ranks.
@@ -64,14 +66,14 @@ def read_states(states: Sequence[bytes]) -> Saved:
         ValueError: not such states, or not all of one step.
     """
     try:
-        contents = [json.loads(state) for state in states]
+        contents = [parse_json(state) for state in states]
         positions = [int(content["position"]) for content in contents]
         sizes = {content["data_parallel_size"] for content in contents}
         places = {
             int(stream): Place.from_json(place) for content in contents for stream, place in content["places"].items()
         }
         saved = Saved({"num_streams": 0, **contents[0]["fingerprint"]}, positions[0], places)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the loader's state cannot be read ({error!r}): resume from another checkpoint") from None
     if sizes != {len(states)} or len(set(positions)) > 1:
         raise ValueError(
@@ -145,7 +147,6 @@ class Loader:
         self.num_workers = max(possible, default=0)
         self._places: dict[int, Place] = {}
         self._position = 0  # micro batches of the whole run that were taken, by all ranks as many
-        self._loader: Any = None
         self._iterator: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
@@ -158,10 +159,7 @@ class Loader:
             settings=self._settings,
         )
         self.close()
-        # Forked, so that workers share the tokenizer and the dataset's index; torch gives each one thread.
-        context = "fork" if self.num_workers else None
-        loader = DataLoader(reader, batch_size=None, num_workers=self.num_workers, multiprocessing_context=context)
-        self._iterator = iter(loader)
+        self._iterator = start_workers(reader, self.num_workers)
         for taken in self._iterator:
             if taken.error:
                 raise TooManySkippedError(taken.error)
@@ -224,7 +222,7 @@ class Loader:
     def close(self) -> None:
         """Stop the workers."""
         if self._iterator is not None and self.num_workers:
-            self._iterator._shutdown_workers()
+            stop_workers(self._iterator)
         self._iterator = None
 
     __del__ = close

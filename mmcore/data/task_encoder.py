@@ -67,9 +67,12 @@ def lay_out(parts: dict[str, bytes], layout: Layout) -> EncodedConversation:
     """
     if "json" not in parts:
         raise ValueError(f"no json beside {', '.join(parts)}")
-    content = json.loads(parts["json"])
-    # Half a surrogate pair, which JSON can spell and no tokenizer takes, is a ValueError here.
-    json.dumps(content, ensure_ascii=False).encode()
+    try:
+        content = json.loads(parts["json"])
+        # Half a surrogate pair, which JSON can spell and no tokenizer takes, is a ValueError here.
+        json.dumps(content, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("the json is nested too deeply") from None
     places: dict[str, Any] = {
         "pictures": [layout.pictures.ids(data, layout.tokenizer) for data in picture_files(parts)],
         "image_token_id": layout.pictures.image_token_id,

@@ -1,11 +1,12 @@
 """Text to token ids and back. Control tokens are placed by templates; no text can make one."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from mmcore.foreign import parse_json
 
 # SentencePiece is preferred: a Hugging Face folder's tokenizer.json is converted from it.
 SENTENCEPIECE_FILES = ("tokenizer.model", "tokenizer.model.v3")
@@ -129,6 +130,8 @@ def _hugging_face(path: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{path} cannot be read as a tokenizer ({error}): copy it again") from None
     model.encode_special_tokens = True  # a special token's name in a text is text
+    model.no_padding()  # which may be to any length
+    model.no_truncation()
     control = {token.content: id for id, token in model.get_added_tokens_decoder().items() if token.special}
     config = _read_config(path.with_name(HUGGING_FACE_CONFIG))
     names = {key: _content(config.get(key), default) for key, default in (("bos_token", "<s>"), ("eos_token", "</s>"))}
@@ -169,7 +172,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}): copy it again, or remove it") from None
     return content if isinstance(content, dict) else {}

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mmcore.config import ParallelConfig
 from mmcore.constants import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, MEGATRON_FILE, MODEL_FILE, VOCAB_DIVISOR
+from mmcore.foreign import parse_json
 
 # Of model.json. 2: the norm after a vision tower's last layer is kept.
 FORMAT = 2
@@ -346,6 +347,22 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig) -> None:
             )
 
 
+def check_length(architecture: Architecture, seq_length: int) -> None:
+    """Refuse sequences that are longer than the language model knows positions, unless it stretches with them.
+
+    Raises:
+        ValueError: names both lengths.
+    """
+    language = architecture.language
+    assert language is not None
+    scaling, most = language.rotary_scaling, language.max_position_embeddings
+    if seq_length > most and (scaling is None or scaling.rope_type != "dynamic"):
+        raise ValueError(
+            f"--data.seq-length {seq_length} is beyond the {most} positions that the language model was made for "
+            f"(max_position_embeddings): give at most {most}. More tokens at a time are --train.micro-batch-size"
+        )
+
+
 def save_architecture(architecture: Architecture, folder: Path) -> None:
     """Write `folder/model.json`."""
     content = {"format": FORMAT, **asdict(architecture)}
@@ -361,7 +378,7 @@ def load_architecture(folder: Path) -> Architecture:
     """
     path = folder / MODEL_FILE
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except FileNotFoundError:
         raise ValueError(
             f"{path} does not exist: --checkpoint takes a folder that a converter, combine.py or mmcore train wrote"

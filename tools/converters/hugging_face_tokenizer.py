@@ -66,6 +66,7 @@ def read_tokenizer(folder: Path, model_max_length: int) -> ExportTokenizer | Non
     """
     files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     config = read_json(folder / CONFIG_FILE) if CONFIG_FILE in files else {}
+    config.pop("auto_map", None)  # code of a repository's own, which does not go along
     model = next((folder / name for name in SENTENCEPIECE_FILES if name in files), None)
     if TOKENIZER_FILE in files:
         tokenizer = _load(folder / TOKENIZER_FILE)
@@ -167,9 +168,12 @@ def _as_it_stands(config: dict[str, Any]) -> dict[str, Any]:
 
 def _load(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
         raise ValueError(f"{path} cannot be read as a tokenizer ({error}): copy it again") from None
+    tokenizer.no_padding()  # which may be to any length
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _bytes(content: dict[str, Any]) -> bytes:

@@ -14,11 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, Protocol
+from types import SimpleNamespace
+from typing import IO, Any, NamedTuple, Protocol
+
+from mmcore.foreign import MAX_PICTURE_BYTES
 
 # APPNOTE.TXT 6.3.10, 4.3.7: a local header is 30 bytes, the lengths of name and extra field its last two numbers.
 ZIP_LOCAL_HEADER = struct.Struct("<26xHH")
 ZIP_ENCRYPTED = 1
+
+# Of a tar's headers: names of a few hundred characters, and what extends them.
+MAX_HEADER_BYTES = 1 << 20
 
 
 class UnsafePathError(Exception):
@@ -46,7 +52,15 @@ class Folder:
             raise UnsafePathError(name)
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             raise OSError(0, "no regular file")  # a folder, or a pipe that would be waited on for ever
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_PICTURE_BYTES + 1)
+        _refuse_above_limit(len(data))
+        return data
+
+
+def _refuse_above_limit(size: int) -> None:
+    if not 0 <= size <= MAX_PICTURE_BYTES:
+        raise OSError(0, f"it has {size} bytes or more, and at most {MAX_PICTURE_BYTES} are read")
 
 
 class Member(NamedTuple):
@@ -87,18 +101,37 @@ class _Archive(ABC):
         return self.members[name]
 
     def _read_at(self, offset: int, size: int) -> bytes:
+        _refuse_above_limit(size)
         data = os.pread(self._descriptor, size, offset)
         if len(data) < size:
             raise OSError(0, f"{self.path} ends early")
         return data
 
 
+def _headers(file: IO[bytes]) -> Any:
+    """A tar file for tarfile, which reads its headers, that may say that they are as long as they like."""
+
+    def read(size: int) -> bytes:
+        if not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return file.read(size)
+
+    return SimpleNamespace(read=read, seek=file.seek, tell=file.tell)
+
+
 class Tar(_Archive):
     def _index(self) -> dict[str, Member]:
+        end = self.path.stat().st_size
         try:
-            with tarfile.open(self.path, "r:") as tar:
-                files = [member for member in tar if member.isreg() and not member.issparse()]
-        except tarfile.TarError as error:
+            with self.path.open("rb") as file, tarfile.open(fileobj=_headers(file), mode="r:") as tar:
+                files = []
+                for member in tar:
+                    is_plain = member.isreg() and not member.issparse()
+                    if tar.offset <= member.offset or (is_plain and member.size > end - member.offset_data):
+                        raise tarfile.ReadError(f"{member.name} would have {member.size} bytes")
+                    if is_plain:
+                        files.append(member)
+        except (tarfile.TarError, ArithmeticError, RecursionError, ValueError) as error:
             raise ValueError(
                 f"{self.path} is no plain tar file ({error}): uncompress it first, single "
                 "pictures cannot be read out of a compressed one"
@@ -136,6 +169,7 @@ class Zip(_Archive):
 
     def read(self, name: str) -> bytes:
         member = self._find(name)
+        _refuse_above_limit(member.full_size)
         header = self._read_at(member.offset, ZIP_LOCAL_HEADER.size)
         data = self._read_at(member.offset + len(header) + sum(ZIP_LOCAL_HEADER.unpack(header)), member.size)
         if member.is_deflated:

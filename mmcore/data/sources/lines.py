@@ -3,11 +3,12 @@
 import contextlib
 import gzip
 import io
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from mmcore.foreign import MAX_LINE_BYTES, check_unpacked, parse_json
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -16,14 +17,18 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Args:
         path: a file, compressed by gzip if its name ends in .gz, or a zip with one file in it.
     Raises:
-        ValueError: missing or unreadable.
+        ValueError: missing or unreadable; a line is too long, or all are far longer than the compressed file.
     """
     try:
         with contextlib.ExitStack() as stack:
-            for number, line in enumerate(_open(path, stack)):
+            file, size, unpacked = _open(path, stack), path.stat().st_size, 0
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b"")):
+                check_unpacked(str(path), size, unpacked := unpacked + len(line))
+                if len(line) == MAX_LINE_BYTES:
+                    raise ValueError(f"{path}: line {number} (from 0) has {MAX_LINE_BYTES} bytes or more")
                 if line.strip():
                     try:
-                        yield number, json.loads(line)
+                        yield number, parse_json(line)
                     except ValueError as error:  # of JSON or of UTF-8
                         yield number, error
     except (OSError, EOFError, zipfile.BadZipFile) as error:
