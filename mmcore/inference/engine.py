@@ -137,6 +137,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size, self.max_length, self.max_prefill_tokens = max_batch_size, max_length, max_prefill_tokens
         self.is_main = distributed.is_data_source()
+        self.image_token_id = model.architecture.image_token_id
         self.cache = KeyValueCache(max_batch_size, max_length)
         self.rows: list[_Row] = []  # by slot, on every rank
         self.running: list[_Answer] = []  # by slot, on the main rank
@@ -277,6 +278,10 @@ class Engine:
     def _choose(self, logits: Tensor) -> Tensor:
         """[n, v] -> int64 [n]."""
         logits = logits.float()
+        assert self.image_token_id is not None
+        if self.image_token_id < logits.shape[1]:
+            # Of a model that came with one in its vocabulary: there is no picture to stand in its place.
+            logits[:, self.image_token_id] = -torch.inf
         penalized = [slot for slot, row in enumerate(self.rows) if row.sampling.repetition_penalty != 1]
         if penalized:
             slots = torch.tensor(penalized, device=logits.device)

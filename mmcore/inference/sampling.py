@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Below it logits that are divided by a temperature are no numbers any more; by far all is greedy then.
+LOWEST = 1e-3
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -23,8 +26,8 @@ class Sampling:
         Raises:
             ValueError: a value makes no sense.
         """
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must not be negative, and is {self.temperature}")
+        if self.temperature and not LOWEST <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or at least {LOWEST}, and is {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, and is {self.top_p}")
         if self.top_k < 0:

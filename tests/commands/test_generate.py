@@ -241,7 +241,7 @@ def config(**options: Any) -> GenerateConfig:
     [
         ({"batch_size": 0}, "--batch-size must be above 0, not 0"),
         ({"max_new_tokens": -1}, "--max-new-tokens must be above 0"),
-        ({"temperature": -1.0}, "temperature must not be negative"),
+        ({"temperature": -1.0}, "temperature must be 0 .greedy. or at least 0.001, and is -1.0"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"stop": ("a", "")}, "--stop is empty"),
         ({"task": "loss", "prompt": "What?"}, "--prompt What[?]: --task loss asks nothing"),

@@ -157,6 +157,23 @@ def test_what_ends_an_answer(expected: list[list[int]]) -> None:
     assert [delta.text for delta in told] == [*text(expected[1][:2]), "", ""]
 
 
+def without_placeholder(token: int) -> list[int]:
+    model = tiny.build(ParallelConfig())
+    model.image_token_id = token
+    model.architecture = replace(model.architecture, image_token_id=token)
+    with answering(model):
+        engine = Engine(model, None, max_batch_size=1, max_length=40)
+        prompt = Prompt(tokens=[5, 7, 9], images=torch.empty(0, 3, 16, 16, dtype=torch.uint8))
+        return tokens(run(engine, [Request(prompt=prompt, max_new_tokens=NEW, end_ids=())], [0]))[0]
+
+
+def test_a_placeholder_among_the_tokens_is_never_drawn() -> None:
+    """Where a model came with one in its vocabulary, an answer that had it would ask for a picture."""
+    (free,) = ranks.run(without_placeholder, ParallelConfig(), 1, tiny.LANGUAGE.vocab_size)
+    (kept,) = ranks.run(without_placeholder, ParallelConfig(), 1, free[1])
+    assert free[0] == kept[0] != free[1] and free[1] not in kept
+
+
 def test_what_is_held_back_is_told_in_the_end(expected: list[list[int]]) -> None:
     """The answer's end looks like the beginning of a stop text."""
     stop = text(expected[1][-2:]) + "x"
