@@ -320,6 +320,11 @@ class RunConfig:
         """Without a checkpoint there is no tokenizer."""
         if self.data.synthetic and (self.data.path or self.train.val_interval):
             raise ValueError("--data.synthetic makes up samples to train on: leave out --data.path and val-interval")
+        if self.data.synthetic and self.train.loss_weighting != "tokens":
+            raise ValueError(
+                f"--train.loss-weighting {self.train.loss_weighting} weighs answers, and --data.synthetic makes up "
+                "none: leave out one of them"
+            )
         if self.model.weights == "checkpoint" or self.model.checkpoint:
             return
         if not self.data.synthetic or self.checkpoint.save_interval or self.eval.task:

@@ -86,6 +86,8 @@ def test_layouts_that_do_not_fit_are_refused_without_torch(tmp_path: Path) -> No
         "quickstart_sft",
         "--data.path",
         ".",
+        "--data.seq-length",
+        "128",
         "--checkpoint.save",
         tmp_path / "run",
         "--model.checkpoint",

@@ -18,7 +18,7 @@ from mmcore.config import RunConfig
 from mmcore.config_yaml import as_yaml, load_yaml, merge
 from mmcore.constants import EXIT_DONE, EXIT_FAULT, MODULES
 from mmcore.evaluation.task import check_eval
-from mmcore.models.architecture import Architecture, check_layout, with_image_mode
+from mmcore.models.architecture import Architecture, check_layout, check_length, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
 from mmcore.training.memory import check_host, host_memory
@@ -80,6 +80,7 @@ def check(config: RunConfig, world_size: int) -> Architecture:
         raise ValueError("no place to keep the run: give --checkpoint.save, a folder for its checkpoints and log")
     architecture = with_image_mode(resolve_architecture(config.model), config.data.image_mode)
     check_layout(architecture, config.parallel)
+    check_length(architecture, config.data.seq_length)
     if config.eval.task:
         check_eval(config.eval)
     check_writers(config.logging)

@@ -33,7 +33,13 @@ def check_data(config: RunConfig, architecture: Architecture) -> None:
     splits = (["train"] if not goes_on else []) + (["val"] if config.train.val_interval else [])
     size = config.parallel.data_parallel_size(rank.world_size)
     for split in splits:
-        open_loader(config, architecture, newest(Path(config.model.checkpoint)), split, 0, size).close()
+        try:
+            open_loader(config, architecture, newest(Path(config.model.checkpoint)), split, 0, size).close()
+        except ValueError as error:
+            if split == "train":
+                raise
+            option = f"--train.val-interval {config.train.val_interval}"
+            raise ValueError(f"{option} reads a val split, and {error}; or leave the option out") from None
 
 
 def open_loader(

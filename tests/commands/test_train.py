@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 
 from mmcore import distributed
 from mmcore.checkpoint import SaveError
@@ -36,7 +37,7 @@ def test_the_mode_of_pictures(tmp_path: Path) -> None:
     """Of the checkpoint, unless the run says another; it is not for pictures in tiles, whose mode is given."""
     config = RunConfig(
         model=ModelConfig(checkpoint=str(tmp_path)),
-        data=DataConfig(path=str(tmp_path)),
+        data=DataConfig(path=str(tmp_path), seq_length=128),
         checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
     )
     padded = replace(config, data=replace(config.data, image_mode="pad"))
@@ -61,7 +62,7 @@ def test_too_little_disk_is_said_before_anything_starts(tmp_path: Path) -> None:
     save_architecture(tiny.architecture(), tmp_path)
     config = RunConfig(
         model=ModelConfig(checkpoint=str(tmp_path), freeze=("vision_model",)),
-        data=DataConfig(path=str(tmp_path)),
+        data=DataConfig(path=str(tmp_path), seq_length=128),
         train=TrainConfig(steps=1_000),
         checkpoint=CheckpointConfig(save=str(tmp_path / "run"), save_interval=1),
     )
@@ -78,7 +79,7 @@ def test_too_little_memory_is_said_before_anything_starts(tmp_path: Path) -> Non
     save_architecture(tiny.architecture(), tmp_path)
     config = RunConfig(
         model=ModelConfig(checkpoint=str(tmp_path), freeze=("vision_model",)),
-        data=DataConfig(path=str(tmp_path)),
+        data=DataConfig(path=str(tmp_path), seq_length=128),
         checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
     )
     size = checkpoint_bytes(tiny.architecture(), ("vision_model",), 2)
@@ -120,7 +121,7 @@ def test_weights_and_biases_is_missed_before_anything_starts(tmp_path: Path, mon
     save_architecture(tiny.architecture(), tmp_path)
     config = RunConfig(
         model=ModelConfig(checkpoint=str(tmp_path)),
-        data=DataConfig(path=str(tmp_path)),
+        data=DataConfig(path=str(tmp_path), seq_length=128),
         checkpoint=CheckpointConfig(save=str(tmp_path / "run")),
         logging=LoggingConfig(wandb_project="mine"),
     )
@@ -229,7 +230,14 @@ def test_a_report_that_fails_does_not_fail_the_run(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"val_interval": 1}, "has no samples in its split 'val'"),
+        (
+            {"val_interval": 5},
+            "val-interval 5 reads a val split, and the dataset .* has no samples in its split 'val': ",
+        ),
+        (
+            {"val_interval": 5, "path": "blend.yaml"},
+            "interval 5 reads a val split, and the blend .*blend.yaml has no split 'val': name .*; or leave the option",
+        ),
         ({"conversation": "mistral"}, "no conversation template 'mistral', did you mean 'mistral_instruct'"),
         ({"seq_length": 2}, "seq-length 2 has no room for a picture"),
         ({"num_streams": 3}, "dealt to 3 streams, which 2 data parallel ranks cannot share evenly"),
@@ -242,7 +250,10 @@ def test_data_that_does_not_fit_is_said_before_ranks_find_each_other(
     architecture = replace(tiny.architecture(), image_token_id=300, conversation="mistral_instruct")
     save_architecture(architecture, write_tokenizer(tmp_path / "model" / "tokenizer").parent)
     write_shards(tmp_path / "data", 40)
-    data = {"path": str(tmp_path / "data"), "num_workers": 0, "seq_length": 64, **options}
+    blend = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {"train": {"path": "data"}}}
+    (tmp_path / "blend.yaml").write_text(yaml.safe_dump(blend))
+    data = {"path": "data", "num_workers": 0, "seq_length": 64, **options}
+    data["path"] = str(tmp_path / data["path"])
     config = RunConfig(
         model=ModelConfig(checkpoint=str(tmp_path / "model")),
         data=DataConfig(**{key: value for key, value in data.items() if key != "val_interval"}),

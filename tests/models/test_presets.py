@@ -15,7 +15,13 @@ from transformers import (
 )
 
 from mmcore.config import ModelConfig, ParallelConfig
-from mmcore.models.architecture import check_layout, load_architecture, save_architecture
+from mmcore.models.architecture import (
+    RotaryScaling,
+    check_layout,
+    check_length,
+    load_architecture,
+    save_architecture,
+)
 from mmcore.models.llava import LlavaModel, base_config
 from mmcore.models.presets import LANGUAGE, PROJECTOR, VISION, compose, resolve_architecture
 from mmcore.recipes import RECIPES
@@ -164,6 +170,16 @@ def test_the_checkpoint_chooses_its_features(recipe: str, chosen: dict[str, Any]
     save_architecture(replace(arch, vision=replace(whole.vision, num_layers=23, **chosen)), tmp_path)
     with pytest.raises(ValueError, match=r"is for \(num_layers: 23 in the checkpoint, 24 in the preset\): take"):
         resolve_architecture(model)
+
+
+def test_sequences_beyond_the_models_positions() -> None:
+    arch = tiny.architecture()
+    assert arch.language is not None
+    check_length(arch, 128)
+    with pytest.raises(ValueError, match=r"--data.seq-length 129 is beyond the 128 positions .*: give at most 128"):
+        check_length(arch, 129)
+    stretched = replace(arch.language, rotary_scaling=RotaryScaling(rope_type="dynamic", factor=2.0))
+    check_length(replace(arch, language=stretched), 4096)
 
 
 def test_layouts_that_do_not_fit() -> None:

@@ -223,6 +223,14 @@ def test_the_loader_is_told_the_weighting(monkeypatch: pytest.MonkeyPatch) -> No
     assert told == ["sqrt_turn", "sqrt_turn"]
 
 
+def test_samples_that_are_made_up_have_no_answers_to_weigh() -> None:
+    config = RunConfig(data=DataConfig(synthetic=True), train=TrainConfig(loss_weighting="sqrt_turn"))
+    with pytest.raises(
+        ValueError, match=r"--train.loss-weighting sqrt_turn weighs answers, and --data.synthetic makes"
+    ):
+        config.check()
+
+
 def weighted(first: int, size: int, images: int) -> Batch:
     """Samples that each have two answers, of which the second begins in the middle of what was one."""
     batch = tiny.batch(first, size, images)

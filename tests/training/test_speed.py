@@ -63,8 +63,9 @@ def test_what_is_trained_follows_the_stages() -> None:
 def test_a_run_without_data_weights_or_checkpoints(tmp_path: Path) -> None:
     """Its last line is the summary; with a folder it leaves its log there, and nothing that is large."""
     save_architecture(tiny.architecture(), tmp_path)
-    options = "--model.weights random --data.synthetic --checkpoint.save-interval 0 --train.steps 4"
-    options += f" --optimizer.lr-warmup-steps 1 --logging.module-times --checkpoint.save {tmp_path / 'run'}"
+    options = "--model.weights random --data.synthetic --data.seq-length 128 --checkpoint.save-interval 0"
+    options += " --train.steps 4 --optimizer.lr-warmup-steps 1 --logging.module-times"
+    options += f" --checkpoint.save {tmp_path / 'run'}"
     command = ["mmcore", "train", "quickstart_sft", "--model.checkpoint", str(tmp_path), *options.split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=90)
