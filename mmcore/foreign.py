@@ -1,10 +1,14 @@
 """What is believed of a file that a stranger made: how large it may be, and how much more a small one may stand for.
 
-The standard library alone, for all rooms. Names that files have for code are refused where they are read:
+Light, for all rooms. Names that files have for code are refused where they are read:
 mmcore.pickles, mmcore.data.energon.
 """
 
+import ast
+import itertools
 import json
+import math
+import re
 import zipfile
 from typing import Any
 
@@ -17,6 +21,9 @@ MAX_PIXELS = 1 << 26
 
 # Of one picture's file, and of one line of JSON Lines.
 MAX_PICTURE_BYTES, MAX_LINE_BYTES = 1 << 28, 1 << 24
+
+# Names that a pattern such as `train_{000000..000009}.tar` stands for.
+MAX_NAMES = 1 << 20
 
 # Compressed text, tables and pictures take more than a hundredth of what they stand for, unless that is little.
 MAX_RATIO, FREE_BYTES = 100, 1 << 23
@@ -33,6 +40,36 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+
+
+def parse_literal(text: str) -> Any:
+    """A list or the like as Python prints it.
+
+    Raises:
+        ValueError: it is something else, or nested too deeply.
+    """
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two where it is deep
+        raise ValueError(f"{text!r:.80} is no list as Python prints it") from None
+
+
+def expand(pattern: str) -> list[str]:
+    """Names that a pattern stands for, as a shell expands braces.
+
+    Raises:
+        ValueError: they are too many, or braces stand in braces.
+    """
+    import braceexpand
+
+    if re.search(r"\{[^}]*\{", pattern):
+        raise ValueError(f"{pattern!r:.80} has braces in braces")
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= MAX_NAMES:
+        names = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_NAMES + 1))
+        if len(names) <= MAX_NAMES:
+            return names
+    raise ValueError(f"{pattern!r:.80} stands for more than {MAX_NAMES} names")
 
 
 def check_unpacked(where: str, packed: int, unpacked: int) -> None:

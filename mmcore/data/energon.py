@@ -7,15 +7,10 @@ mmcore reads samples itself. Nor may a pattern of a few characters stand for mor
 Source: megatron-energon 7.4.1, typed_converter.py, module_loader.py; flavors/webdataset/metadata.py.
 """
 
-import itertools
-import math
 import os
-import re
-from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
-import braceexpand
 import megatron.energon as energon
 import webdataset.utils
 from megatron.energon.flavors.webdataset import metadata
@@ -23,10 +18,11 @@ from megatron.energon.metadataset import load_dataset
 from megatron.energon.module_loader import ModuleLoader
 from megatron.energon.typed_converter import JsonParser
 
-__all__ = ["expand", "load_dataset"]
+from mmcore.foreign import expand
+
+__all__ = ["load_dataset"]
 
 KINDS = (energon.BaseCoreDatasetFactory, energon.DatasetLoaderInterface, energon.Sample)
-MAX_SHARDS = 1 << 20
 
 
 def _find(self: Any, module: str, name: str, *_: Any) -> Any:
@@ -38,22 +34,6 @@ def _find(self: Any, module: str, name: str, *_: Any) -> Any:
 
 def _refuse(self: Any, path: Any) -> None:
     raise ValueError(f"it names the program {path}, which would be run: take it out, mmcore reads samples itself")
-
-
-def expand(pattern: str) -> Iterable[str]:
-    """Names that a pattern such as `train_{000000..000009}.tar` stands for.
-
-    Raises:
-        ValueError: they are too many, or braces stand in braces.
-    """
-    if re.search(r"\{[^}]*\{", pattern):
-        raise ValueError(f"{pattern!r:.80} has braces in braces")
-    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
-    count = math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges)
-    names = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_SHARDS + 1)) if count <= MAX_SHARDS else []
-    if count > MAX_SHARDS or len(names) > MAX_SHARDS:
-        raise ValueError(f"{pattern!r:.80} stands for more than {MAX_SHARDS} names")
-    return names
 
 
 # webdataset, which energon brings, then unpickles nothing and starts no program; processes that are started ask for it.

@@ -20,7 +20,6 @@ it is wrong, and counted as unparsed.
 Questions are those of aokvqa_v1p0_val.json, or of the Parquet files of HuggingFaceM4/A-OKVQA.
 """
 
-import ast
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
@@ -42,6 +41,7 @@ from mmcore.evaluation.predictions import FORMATS, Predictions, match_answers
 from mmcore.evaluation.scores import EvaluationError, Sample, Scores, write_json
 from mmcore.evaluation.tables import read_rows
 from mmcore.evaluation.task import Example, Options, only_these, sample_id
+from mmcore.foreign import parse_literal
 
 METRIC = "multiple_choice"
 SCALES = {METRIC: "percent", "direct_answer": "percent"}
@@ -131,7 +131,7 @@ def load_items(path: Path) -> dict[str, Item]:
             raise ValueError(f"{where}: question {name} is there twice")
         # The Parquet files hold this list as Python prints it.
         texts = item.get("direct_answers")
-        found[name] = {**item, "direct_answers": ast.literal_eval(texts)} if isinstance(texts, str) else item
+        found[name] = {**item, "direct_answers": parse_literal(texts)} if isinstance(texts, str) else item
     if not found:
         raise ValueError(f"{path} holds no questions")
     return found

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from braceexpand import braceexpand
 
 from mmcore.evaluation.confidence import Statistic
 from mmcore.evaluation.scores import EvaluationError, Group, Sample, Scores, write_whole
 from mmcore.evaluation.tables import read_rows
 from mmcore.evaluation.task import Example, Options, read_json, sample_id
+from mmcore.foreign import expand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -211,7 +211,7 @@ def _leaves(path: Path, split: str, *, is_part: bool) -> Iterator[tuple[str, int
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         parts = list(_parts(content["splits"][split]))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"the dataset {path} is no folder, and no YAML file with a split {split!r} that names some ({error!r})"
         ) from None
@@ -233,12 +233,12 @@ def _count(folder: Path, split: str) -> int:
     info = read_json(folder / INFO, "the dataset's list of shards")
     try:
         content = yaml.safe_load((folder / SPLIT).read_text(encoding="utf-8"))
-        excluded = {name for entry in content.get("exclude") or () for name in braceexpand(entry)}
-        shards = [name for entry in content["split_parts"][split] for name in braceexpand(entry)]
+        excluded = {name for entry in content.get("exclude") or () for name in expand(entry)}
+        shards = [name for entry in content["split_parts"][split] for name in expand(entry)]
         kept = [name for name in shards if name not in excluded]
         count = sum(int(info["shard_counts"][name]) for name in kept)
         return count - sum(name.rpartition("/")[0] in kept for name in excluded)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"the dataset {folder} has no split {split!r} that can be read ({error!r})") from None
 
 

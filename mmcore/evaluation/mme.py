@@ -28,6 +28,7 @@ from mmcore.evaluation.predictions import Predictions, load_predictions, match_a
 from mmcore.evaluation.scores import EvaluationError, Group, Sample, Scores
 from mmcore.evaluation.tables import read_rows
 from mmcore.evaluation.task import Example, Options
+from mmcore.foreign import check_zip
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +149,9 @@ def load_questions(path: Path) -> list[Question]:
     if path.is_dir() and not any(path.rglob("*.parquet")):
         rows = _tool(path) if any((path / f"{task}.txt").is_file() for task in TASKS) else _release(path, path)
     elif zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
-        rows = _release(zipfile.Path(path), path)
+        archive = zipfile.ZipFile(path)
+        check_zip(archive, str(path))
+        rows = _release(zipfile.Path(archive), path)
     else:
         files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
         rows = (_from_row(row, where) for file in files for where, row in read_rows(file, "questions"))

@@ -4,7 +4,6 @@ Sources: the data sets MMMU/MMMU and lmms-lab/MMMU on Hugging Face (Parquet); MM
 commit bb0b95a (answer_dict_val.json, SUBJECT/output.json, total_val_output.json).
 """
 
-import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from mmcore.evaluation.tables import Row, read_rows
 from mmcore.evaluation.task import sample_id
+from mmcore.foreign import parse_literal
 
 DOMAINS = {
     "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
@@ -167,8 +167,8 @@ def enumerate_options(row: Mapping[str, Any], where: str) -> Iterator[tuple[str,
 
 def _literal_list(text: str) -> list[Any] | None:
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = parse_literal(text)
+    except ValueError:
         return None
     return value if isinstance(value, list) else None
 

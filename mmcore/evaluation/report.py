@@ -12,6 +12,7 @@ from pathlib import Path
 from mmcore.evaluation.curves import Curve, smoothing_window, svg
 from mmcore.evaluation.page import SCRIPT, document
 from mmcore.evaluation.scores import write_whole
+from mmcore.foreign import PICTURE_FORMATS
 
 THUMBNAIL = 512  # pixels; larger pictures are scaled down, so that the file stays small
 SMALL = 128  # pixels; smaller pictures are enlarged without blur
@@ -139,7 +140,7 @@ def _picture(image: bytes | Path | None) -> str:
 
     try:
         content = image.read_bytes() if isinstance(image, Path) else image
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as picture:
             kind, edge = Image.MIME.get(picture.format or "", ""), max(picture.size)
             if edge > THUMBNAIL or kind not in ("image/png", "image/jpeg", "image/webp", "image/gif"):
                 picture.thumbnail((THUMBNAIL, THUMBNAIL))

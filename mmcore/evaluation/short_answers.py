@@ -5,7 +5,6 @@ JSON lines, as Parquet tables with the pictures inside (Hugging Face; a folder o
 with pictures in base64 (VLMEvalKit). Names of columns differ little, so that one reader takes all of them.
 """
 
-import ast
 import base64
 import json
 import sys
@@ -22,6 +21,7 @@ from mmcore.evaluation.predictions import FORMATS, Predictions, load_predictions
 from mmcore.evaluation.scores import Group, Sample, Scores, write_whole
 from mmcore.evaluation.tables import Row, read_rows
 from mmcore.evaluation.task import Example, find_images, only_these, sample_id
+from mmcore.foreign import parse_literal
 
 # LLaVA-1.5's words for a short answer: haotian-liu/LLaVA, docs/Evaluation.md at commit c121f04.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -113,8 +113,8 @@ def _cell(row: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _answers(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     value = _cell(row, _ANSWERS)
     if isinstance(value, str) and value.startswith("[") and "index" in row:  # a table's cell holds a list as text
-        with suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(value)
+        with suppress(ValueError):
+            value = parse_literal(value)
     if isinstance(value, list):
         value = [answer.get("answer") if isinstance(answer, dict) else answer for answer in value]
     answers = _texts(value, where)

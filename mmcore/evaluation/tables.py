@@ -12,11 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmcore.foreign import check_unpacked, check_zip, parse_json
+
 Row = tuple[str, Any]
 """Where it stands in its file, for messages; and what it is, of tables a dict of column to value."""
 
 # Base64 pictures are cells of MMBench's tables.
 csv.field_size_limit(sys.maxsize)
+
+# Of a worksheet (Excel's limit): a cell of a few bytes can say that it stands in row 10^12.
+MAX_XLSX_ROWS = 1 << 20
+
+# Bytes of a column of Parquet that are looked at together: each of its values may be as long as all of it.
+BATCH_BYTES = 1 << 27
+
+# Values of a Parquet file, however small: one that is always the same takes next to nothing.
+FREE_VALUES = 1 << 20
 
 
 def read_rows(path: Path, what: str) -> Iterator[Row]:
@@ -26,7 +37,7 @@ def read_rows(path: Path, what: str) -> Iterator[Row]:
         path: its suffix tells the format; .json and .jsonl, and all others, may be either of the two.
         what: for messages, such as "predictions".
     Raises:
-        ValueError: missing, unreadable, or not in its format; says where.
+        ValueError: missing, unreadable, not in its format, or far larger than its file; says where.
     """
     try:
         yield from _read(path.name, path.read_bytes(), str(path), what)
@@ -62,7 +73,7 @@ def _text(content: bytes, where: str, what: str) -> str:
 
 def _json(text: str, where: str, what: str) -> Iterator[Row]:
     try:
-        content = json.loads(text) if text.lstrip()[:1] in ("[", "{") else None
+        content = parse_json(text) if text.lstrip()[:1] in ("[", "{") else None
     except json.JSONDecodeError as error:
         if text.lstrip().startswith("["):
             raise ValueError(
@@ -79,7 +90,7 @@ def _json(text: str, where: str, what: str) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                yield f"{where} line {number}", json.loads(line.rstrip().rstrip(","))  # SEED-Bench's have commas
+                yield f"{where} line {number}", parse_json(line.rstrip().rstrip(","))  # SEED-Bench's have commas
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{where} line {number} is not JSON ({error.msg}): {what} are JSON lines, or one JSON list"
@@ -92,16 +103,23 @@ def _xlsx(content: bytes, where: str, what: str) -> Iterator[Row]:
     except ImportError:
         raise ValueError(f"{where} needs openpyxl: install mmcore with its extra `eval`") from None
     try:
-        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            check_zip(archive, where)
+        # Values, not formulae; and nothing of other workbooks that it names.
+        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True, keep_links=False)
         sheet = book.worksheets[0]
         rows = sheet.iter_rows(values_only=True)
         names = next(rows, ())
         for number, cells in enumerate(rows, 1):
+            if number > MAX_XLSX_ROWS:
+                raise ValueError(f"{what} {where} is no XLSX table: it has more than {MAX_XLSX_ROWS} rows")
             # A column without a name is an index that somebody's library has written.
             row = {str(name): cell for name, cell in zip(names, cells, strict=False) if name is not None}
             if any(cell is not None for cell in row.values()):
                 yield f"{where} row {number}", {name: "" if cell is None else cell for name, cell in row.items()}
-    except (zipfile.BadZipFile, KeyError, IndexError, OSError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # openpyxl raises whatever it stumbles over
         raise ValueError(f"{what} {where} is no XLSX table: {error}") from None
 
 
@@ -113,13 +131,30 @@ def _parquet(content: bytes, where: str, what: str) -> Iterator[Row]:
         raise ValueError(f"{where} needs pyarrow: install mmcore with its extra `eval`") from None
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-        number = 0
-        for batch in table.iter_batches(256):
+        number = unpacked = 0
+        for batch in table.iter_batches(_batch_size(table.metadata, len(content), where)):
+            check_unpacked(where, len(content), unpacked := unpacked + batch.nbytes)
             for row in batch.to_pylist():
                 number += 1
                 yield f"{where} row {number}", row
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{what} {where} is no Parquet table: {error}") from None
+
+
+def _batch_size(metadata: Any, size: int, where: str) -> int:
+    """Rows of a Parquet file of so many bytes that are read together.
+
+    Raises:
+        ValueError: its columns are far larger than the file, or have more values than it has bits.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    check_unpacked(where, size, sum(column.total_uncompressed_size for column in columns))
+    count = max(metadata.num_rows, sum(column.num_values for column in columns))
+    if count > max(FREE_VALUES, 8 * size):
+        raise ValueError(f"{where} would have {count} values in {size} bytes, as no honest file does")
+    largest = max((column.total_uncompressed_size for column in columns), default=1)
+    return max(1, min(256, BATCH_BYTES // max(1, largest)))
 
 
 def _zip(content: bytes, where: str, what: str) -> Iterator[Row]:
@@ -128,6 +163,7 @@ def _zip(content: bytes, where: str, what: str) -> Iterator[Row]:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             suffixes = (".json", ".jsonl", ".tsv", ".csv", ".xlsx", ".parquet")
             names = [name for name in archive.namelist() if PurePosixPath(name).suffix.lower() in suffixes]
+            check_zip(archive, where)
             if len(names) != 1:
                 raise ValueError(f"{what} {where} holds {len(names)} tables: unpack it, and name the one that counts")
             yield from _read(names[0], archive.read(names[0]), f"{where}:{names[0]}", what)

@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 from mmcore.checks import nearest
 from mmcore.config import EvalConfig
 from mmcore.evaluation.scores import Scores
+from mmcore.foreign import parse_json
 
 Options = Mapping[str, str]
 """Of a task, by name, all of them; see `read_options`."""
@@ -181,7 +182,7 @@ def read_json(path: Path, what: str) -> Any:
         ValueError: missing, unreadable, or not JSON; `what` says in the message what the file was to be.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"{what} {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -4,6 +4,8 @@ import base64
 import io
 from pathlib import Path
 
+from mmcore.foreign import MAX_PIXELS, PICTURE_FORMATS
+
 # What browsers show as it is.
 KINDS = ("image/png", "image/jpeg", "image/webp", "image/gif")
 SMALL_BYTES = 1 << 15
@@ -15,13 +17,17 @@ def data_uri(image: Path | bytes, edge: int) -> tuple[str, int]:
     It stands upright, as its EXIF orientation has it, and on white where it is transparent: charts are made for paper.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or has too many pixels.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         content = image.read_bytes() if isinstance(image, Path) else image
-        with Image.open(io.BytesIO(content)) as picture:
+        with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as picture:
+            # Of a JPEG less is decoded, below; of any other format all, and copied on the way.
+            limit = MAX_PIXELS if picture.format == "JPEG" else MAX_PIXELS // 2
+            if picture.width * picture.height > limit:
+                raise ValueError(f"{picture.width} x {picture.height} pixels, and at most {limit} are shown")
             side, kind = max(picture.size), Image.MIME.get(picture.format or "", "")
             is_turned = picture.getexif().get(0x0112, 1) != 1
             is_opaque = picture.mode in ("RGB", "L") and "transparency" not in picture.info
