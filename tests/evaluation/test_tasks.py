@@ -1,6 +1,7 @@
 """Readers of references, exact match, and the check that predictions belong to the references."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -240,3 +241,16 @@ def test_predictions_of_something_else(write, tmp_path, pairs, message):
 def test_an_object_of_captions(write):
     data = write("refs.json", {"a": ["one", "two"], "7": ["three"]})
     assert coco.load_captions(data) == {"a": ("one", "two"), "7": ("three",)}
+
+
+def test_the_guide_has_every_task():
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    for name in TASKS:
+        task = load_task(name)
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        _, _, _, metric, options, submission, _ = row.split("|")
+        assert metric.strip() == f"`{task.METRIC}`"
+        told = "; ".join(f"`{option}`: {', '.join(values)}" for option, values in task.OPTIONS.items())
+        assert options.strip() == (told or "-")
+        assert (submission.strip() == "yes") == hasattr(task, "submission")
+        assert task.METRIC in task.SCALES
