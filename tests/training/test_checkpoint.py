@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from megatron.core import parallel_state
 
-from mmcore import checkpoint, checkpoint_files, distributed
+from mmcore import checkpoint, checkpoint_files, checkpoint_optimizer, distributed
 from mmcore.config import OptimizerConfig, ParallelConfig
 from mmcore.models.architecture import checkpoints
 from mmcore.training import freezing
@@ -25,6 +25,12 @@ PAIRS = [
     *(("tp2sp", "tp1"), ("pp2", "tp2sp")),
 ]
 STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the little there is is read in several."""
+    monkeypatch.setattr(checkpoint_optimizer, "PORTION", 1 << 17)
 
 
 def run(
