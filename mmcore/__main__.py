@@ -38,16 +38,24 @@ def main() -> int:
         return EXIT_USAGE
     name_rank()
     try:
-        return importlib.import_module(f"mmcore.commands.{verb}").main(argv)
+        code = int(importlib.import_module(f"mmcore.commands.{verb}").main(argv))
+        _stay_deaf()
+        return code
     except ValueError as error:
         # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
-        # What all ranks find the first one says alone: torchrun and srun end the others as soon as one has failed. A
-        # rank that is ended by their SIGTERM would make the job's exit code that of a signal.
+        # What all ranks find the first one says alone: torchrun and srun end the others as soon as one has failed.
+        _stay_deaf()
         if os.environ.get("RANK", "0") != "0":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(3)
         print(f"mmcore {verb}: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _stay_deaf() -> None:
+    """Of several ranks the first that ends has the others sent SIGTERM, and the job's exit code would become that of a
+    signal. Nor does a handler help: Python gives up all but this when it takes itself down."""
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
