@@ -70,6 +70,24 @@ def test_the_command_line_does_it() -> None:
     assert done.returncode == 2, done.stderr
 
 
+def test_a_rank_that_has_ended_keeps_its_exit_code() -> None:
+    """Though SIGTERM comes when Python has taken itself down, and with it the handlers it had installed.
+
+    By C's on_exit, which hands the exit code on: to `raise`, of signal 15, which is SIGTERM.
+    """
+    code = (
+        "import ctypes, signal, sys, types\n"
+        "libc = ctypes.CDLL(None); libc.on_exit(getattr(libc, 'raise'), None)\n"
+        "def verb(argv): signal.signal(signal.SIGTERM, lambda *_: None); return 15\n"
+        "sys.modules['mmcore.commands.train'] = types.SimpleNamespace(main=verb)\n"
+        "from mmcore.__main__ import main; sys.argv[1:] = ['train']; sys.exit(main())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    for variables, expected in ((TASK, 15), ({}, -15)):
+        done = subprocess.run([sys.executable, "-c", code], env={**environment, **variables}, timeout=60)
+        assert done.returncode == expected
+
+
 def test_rank_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
