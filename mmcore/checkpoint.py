@@ -154,7 +154,7 @@ class Saving:
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             self.small[_random_file()] = _random_state()
         self.written: tuple[list[Any], dict[str, files.Checksum]] = [], {}
-        self.error = ""
+        self.error = f"rank {dist.get_rank()}: its writer was ended"  # until it has come to its end
         self.thread = threading.Thread(target=self._write, name=f"saving {self.final.name}", daemon=True)
         self.thread.start()
 
@@ -166,6 +166,7 @@ class Saving:
             results = self.shards.write()
             names = [*self.small, *self.shards.names]
             self.written = results, {name: files.checksum(self.folder / name) for name in names}
+            self.error = ""
         except OSError as error:
             self.error = f"rank {dist.get_rank()}: {error}"
         except Exception:  # not the disk's fault: who mends it wants to know where
