@@ -43,11 +43,14 @@ def main() -> int:
         return code
     except ValueError as error:
         # A ValueError is the user's to mend (a fault of ours is any other exception, with its traceback).
-        # What all ranks find the first one says alone: torchrun and srun end the others as soon as one has failed.
-        _stay_deaf()
+        # What all ranks find the first one says alone: torchrun and srun send the others SIGTERM when it has ended.
+        told: list[int] = []
         if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
             time.sleep(3)
-        print(f"mmcore {verb}: {error}", file=sys.stderr)
+        _stay_deaf()
+        if not told:
+            print(f"mmcore {verb}: {error}", file=sys.stderr)
         return EXIT_USAGE
 
 
