@@ -373,8 +373,8 @@ def load_architecture(folder: Path) -> Architecture:
     """Read `folder/model.json`.
 
     Raises:
-        ValueError: the folder or file is missing, is not JSON, or holds a key that this version
-            does not know.
+        ValueError: the folder or file is missing, is not JSON, holds a key that this version does not know, or
+            describes a larger model than the checkpoint's files hold.
     """
     path = folder / MODEL_FILE
     try:
@@ -401,9 +401,24 @@ def load_architecture(folder: Path) -> Architecture:
         for name, kind in parts.items():
             if content.get(name) is not None:
                 content[name] = kind(**{key: _value(key, value) for key, value in content[name].items()})
-        return Architecture(**{key: _value(key, value) for key, value in content.items()})
-    except TypeError as error:
+        architecture = Architecture(**{key: _value(key, value) for key, value in content.items()})
+        _check_stored(architecture, folder)
+        return architecture
+    except (AttributeError, RecursionError, TypeError) as error:
         raise ValueError(f"{path} does not describe a model of this version ({error})") from None
+
+
+def _check_stored(architecture: Architecture, folder: Path) -> None:
+    """A model is built before its weights are read: one number of a stranger's file must not take all the memory."""
+    from mmcore.models.parameters import num_parameters
+
+    stored = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+    count = sum(num_parameters(architecture).values())
+    if (folder / ".metadata").is_file() and count > stored:
+        raise ValueError(
+            f"{folder / MODEL_FILE} describes a model of {count} parameters, for which the {stored} bytes of the "
+            "checkpoint's files are too few: copy it again, or take another"
+        )
 
 
 def _value(key: str, value: Any) -> Any:
