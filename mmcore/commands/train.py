@@ -16,11 +16,13 @@ from mmcore.checkpoint_files import check_disk, checkpoint_bytes, never_trained
 from mmcore.checks import nearest
 from mmcore.config import RunConfig
 from mmcore.config_yaml import as_yaml, load_yaml, merge
-from mmcore.constants import EXIT_DONE, EXIT_FAULT, MODULES
+from mmcore.constants import DONE_FILE, EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED, MODULES
+from mmcore.evaluation.scores import write_whole
 from mmcore.evaluation.task import check_eval
 from mmcore.models.architecture import Architecture, check_layout, check_length, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
+from mmcore.training import signals
 from mmcore.training.memory import check_host, host_memory
 from mmcore.training.run_lock import run_lock
 from mmcore.training.writers import check_writers
@@ -115,12 +117,21 @@ def _run(config: RunConfig, architecture: Architecture) -> int:
     """The run, as the only one that writes its folder, and its report."""
     is_main = os.environ.get("RANK", "0") == "0"
     run = Path(config.checkpoint.save)
+    if config.checkpoint.save_interval:  # else there is nothing to save
+        signals.listen()
     with run_lock(run) if is_main else nullcontext():
         try:
-            return _train(config, architecture, is_main)
+            code = _train(config, architecture, is_main)
         finally:  # finished, stopped or interrupted
             if is_main and config.checkpoint.save_interval:
                 _report(run)
+        if is_main and code == EXIT_DONE:
+            try:
+                write_whole(run / DONE_FILE, f"{config.train.steps} steps\n".encode())
+            except ValueError as error:  # no mistake of the user's: the disk's
+                print(f"mmcore train: {error}", file=sys.stderr)
+                return EXIT_FAULT
+        return code
 
 
 def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
@@ -134,12 +145,16 @@ def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
     check_data(config, architecture)
     try:
         train(config, architecture)
+    except signals.PreemptedError as told:
+        if is_main:
+            print(f"mmcore train: {told}", file=sys.stderr)
+        return EXIT_PREEMPTED
     except (BadStepError, SaveError) as error:  # which all ranks raise
         if is_main:
             print(f"mmcore train: {error}", file=sys.stderr)
         else:
             time.sleep(3)  # torchrun ends the others as soon as one has failed: the first speaks before that
-        return EXIT_FAULT
+        return error.code if isinstance(error, BadStepError) else EXIT_FAULT
     except TooManySkippedError as error:  # of the rank that reads those samples
         print(f"mmcore train: {error}", file=sys.stderr)
         return EXIT_FAULT

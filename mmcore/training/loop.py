@@ -14,7 +14,7 @@ from mmcore import checkpoint as ckpt
 from mmcore import distributed, host
 from mmcore.checkpoint_files import never_trained
 from mmcore.config import RunConfig
-from mmcore.constants import TOKENIZER_DIR
+from mmcore.constants import DONE_FILE, TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, newest
 from mmcore.models.interleaved import build_model
 from mmcore.models.kernels import accumulate_in_place, check_kernels
@@ -24,13 +24,15 @@ from mmcore.training.batches import Batches
 from mmcore.training.memory import training_bytes
 from mmcore.training.metrics import Metrics, Validation, is_told
 from mmcore.training.optimizer import gather_parameters
-from mmcore.training.policy import BadSteps
+from mmcore.training.policy import BadStepError, BadSteps
 from mmcore.training.prefetch import Prefetch
 from mmcore.training.scoring import Scoring, best_steps
+from mmcore.training.signals import PreemptedError, heard
 from mmcore.training.speed import Speed
 from mmcore.training.stages import Training, stages
 from mmcore.training.starts import trainable_sizes, write_start
 from mmcore.training.step import forward_backward, train_step
+from mmcore.training.suspect import Suspects, brief, gather_samples
 from mmcore.training.timing import ModuleTimes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,6 +48,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         ValueError: checkpoint, tokenizer, data, state or this machine do not fit the run.
         BadStepError: a step was bad, and the run is not to go on.
         SaveError: a checkpoint could not be written.
+        PreemptedError: the run was asked to end, and what it has done is in a checkpoint.
     """
     run = Path(config.checkpoint.save)
     check_kernels(config.model)
@@ -70,7 +73,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     else:
         training.start(source if config.model.weights == "checkpoint" else None)
         state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0}
-    bad_steps = BadSteps(config.train, state.get("grad_norms", ()))
+    bad_steps, suspects = BadSteps(config.train, state.get("grad_norms", ())), Suspects(run)
     batches = Prefetch(Batches(config, architecture, source, resumed=bool(resumed)))
     metrics = speed = times = None
     if distributed.is_main():
@@ -96,14 +99,21 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         metrics.say(f"memory of a rank before activations: {largest}{saves}")
         if state["step"] >= config.train.steps:
             metrics.say(f"nothing to do: {state['step']} steps are done, and --train.steps is {config.train.steps}")
+        else:
+            (run / DONE_FILE).unlink(missing_ok=True)
 
     first_step = step = int(state["step"])
     waited = 0.0
     scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task and source else None
-    if scoring and resumed:
-        scoring.catch_up(step, training.ddp)
     saving: ckpt.Saving | None = None
-    while step < config.train.steps:
+    is_asked = any(distributed.largest([bool(heard())]))
+    if resumed and not is_asked:  # a run that is asked to end saves first
+        has_validation = distributed.largest([bool(metrics and metrics.has_validation(step))])
+        if is_validated(config, step) and not any(has_validation):
+            validate(step, training, config, architecture, source, metrics)
+        if scoring:
+            scoring.catch_up(step, training.ddp)
+    while step < config.train.steps and not is_asked:
         said = training.advance(step + 1)
         if said and metrics:
             metrics.say(said)
@@ -125,8 +135,10 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             bad_steps.fault,
             partial(batches.keep_pace, ahead, len(dealt)),
             times.mark if times else None,
+            heard,
         )
         step += 1
+        is_asked = result.is_asked
         state["consumed_samples"] += result.total.num_samples
         state["consumed_tokens"] += result.total.num_tokens
         most = (0.0, 0.0)
@@ -135,14 +147,20 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             most, waited = (held, data_wait), batches.waited
         if metrics:
             metrics.report(step, result, lr, batches, times.seconds() if times else None, most)
+        if metrics and not result.fault and (said := suspects.pass_by(step)):
+            metrics.say(said)
         if result.fault:
+            samples, hosts = gather_samples(dealt, result.bad)
             if saving:
                 resumed = source = saving.finish()
                 saving = None
                 bad_steps.saved()
-            answer = bad_steps.answer(step, result.fault, resumed)
+            try:
+                answer = bad_steps.answer(step, result.fault, resumed)
+            except BadStepError as error:
+                raise suspects.judge(step, error, samples, hosts) from None
             if metrics:
-                metrics.say(f"step {step} is bad: {result.fault}; {answer}")
+                metrics.say(f"step {step} is bad: {result.fault}; {answer}. Its samples: {brief(samples)}")
             if answer == "rewind" and resumed:
                 if scoring:
                     scoring.finish()  # told now, so that it is forgotten with its step
@@ -156,16 +174,14 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                     for told in passed_over:
                         metrics.say(told)
                 continue
-        if config.train.val_interval and (step % config.train.val_interval == 0 or step == config.train.steps):
-            loss = validation_loss(training.ddp, config, architecture, source)
-            if metrics:
-                metrics.report_validation(step, *loss)
+        if is_validated(config, step) and not is_asked:
+            validate(step, training, config, architecture, source, metrics)
         if scoring:
             scoring.tell()
-            if scoring.is_due(step):
+            if scoring.is_due(step) and not is_asked:
                 scoring.evaluate(step, training.ddp)
         interval = config.checkpoint.save_interval
-        if interval and (step % interval == 0 or is_last):
+        if interval and (step % interval == 0 or is_last or is_asked):
             assert source is not None  # there is a tokenizer; see RunConfig.check
             if saving:
                 resumed = source = saving.finish()
@@ -183,13 +199,16 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                 loader_state=batches.state(),
                 best=best_steps(config) if metrics and config.checkpoint.keep_best else (),
             )
-        if saving and (is_last or not config.checkpoint.async_save or saving.is_written()):
+        if saving and (is_last or is_asked or not config.checkpoint.async_save or saving.is_written()):
             resumed = source = saving.finish()
             saving = None
             bad_steps.saved()
             if metrics:
                 metrics.say(f"saved {source}")
-    if scoring:
+                suspects.saved(step)
+    if scoring and is_asked:
+        scoring.abandon()
+    elif scoring:
         scoring.finish()
         distributed.meet()
     if metrics:
@@ -197,6 +216,30 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     if speed and speed.rows:
         print(json.dumps(speed.summary()))
     distributed.shutdown()
+    if is_asked:
+        asked = heard() or "a signal to another rank"
+        kept = f"{resumed} is the newest checkpoint" if resumed else "there is no checkpoint of this run yet"
+        raise PreemptedError(f"ended after step {step}, as {asked} asked; {kept}. The same command goes on")
+
+
+def is_validated(config: RunConfig, step: int) -> bool:
+    """Whether a step is followed by a loss on the val split."""
+    interval = config.train.val_interval
+    return interval > 0 and (step % interval == 0 or step == config.train.steps)
+
+
+def validate(
+    step: int,
+    training: Training,
+    config: RunConfig,
+    architecture: Architecture,
+    source: Path | None,
+    metrics: Metrics | None,
+) -> None:
+    """Take the loss on the val split after a step, and tell it."""
+    loss = validation_loss(training.ddp, config, architecture, source)
+    if metrics:
+        metrics.report_validation(step, *loss)
 
 
 def validation_loss(model: Any, config: RunConfig, architecture: Architecture, source: Path | None) -> Validation:

@@ -160,6 +160,11 @@ class Metrics:
         self.file = self.log.open("a", buffering=1)
         self.rewound = f"went back to step {step}: {fault}"
 
+    def has_validation(self, step: int) -> bool:
+        """Whether the loss on the val split after a step is told already."""
+        log = self.validation_log
+        return log.exists() and any(json.loads(line)["step"] == step for line in log.read_text().splitlines())
+
     def report_validation(self, step: int, total: Share, sources: Mapping[str, Share]) -> None:
         """Tell the loss on the val split after a step."""
         self.leave_out()

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Literal
 
 from mmcore.config import TrainConfig
+from mmcore.constants import EXIT_BAD_AGAIN, EXIT_FAULT, EXIT_SUSPECT
 
 # Norms that the median is taken of, and the fewest that make one worth comparing with.
 WINDOW, FEWEST = 100, 10
 
 
 class BadStepError(RuntimeError):
-    """A step was bad and the run is not to go on."""
+    """A step was bad and the run is not to go on.
+
+    Args:
+        code: exit code of the job.
+    """
+
+    def __init__(self, message: str, code: int = EXIT_FAULT) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class BadSteps:
@@ -56,21 +65,24 @@ class BadSteps:
         kept = f"the last checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint of this run yet"
         action, limit = self.config.on_bad_step, self.config.max_bad_steps
         if action == "stop":
-            raise BadStepError(
-                f"step {step} is bad: {fault}. Nothing of it was kept, and {kept}. Lower --optimizer.lr, or go on past "
-                "such steps with --train.on-bad-step skip or rewind"
-            )
+            raise BadStepError(f"step {step} is bad: {fault}. Nothing of it was kept, and {kept}", EXIT_SUSPECT)
         if action == "rewind":
             self.rewinds += 1
             if checkpoint is None or self.rewinds > limit:
-                reason = f"it went back {limit} times already" if checkpoint else "the run cannot go back"
-                raise BadStepError(f"step {step} is bad: {fault}; {reason}, and {kept}. Lower --optimizer.lr")
+                if checkpoint is None:
+                    raise BadStepError(f"step {step} is bad: {fault}; the run cannot go back, and {kept}", EXIT_SUSPECT)
+                raise BadStepError(
+                    f"step {step} is bad: {fault}; the run went back {limit} times already (--train.max-bad-steps), "
+                    f"and {kept}. Lower --optimizer.lr",
+                    EXIT_BAD_AGAIN,
+                )
             return "rewind"
         self.in_a_row += 1
         if self.in_a_row > limit:
             raise BadStepError(
                 f"step {step} is bad: {fault}; so were the {limit} before it (--train.max-bad-steps), and {kept}. "
-                "Lower --optimizer.lr"
+                "Lower --optimizer.lr",
+                EXIT_BAD_AGAIN,
             )
         return "skip"
 

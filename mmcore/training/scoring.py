@@ -110,6 +110,12 @@ class Scoring:
         else:
             self._warn(self.metrics, self.result)
 
+    def abandon(self) -> None:
+        """End without the score that was begun, unless it is there."""
+        self.tell()
+        if self.thread and self.metrics:
+            self.metrics.say(f"step {self.step} has no score: the run ends before its scorer does")
+
     def _report(self, metrics: Metrics, scores: Scores) -> None:
         value = scores.metrics.get(self.metric, -math.inf)
         earlier = [row["metrics"].get(self.metric, -math.inf) for row in _rows(self.run / SCORES_LOG)]

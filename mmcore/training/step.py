@@ -34,6 +34,10 @@ class StepResult:
     """Before clipping."""
     fault: str = ""
     """Why the weights were left alone; "" where they were updated."""
+    is_asked: bool = False
+    """Whether some rank was asked to end the run."""
+    bad: tuple[int, ...] = ()
+    """Of a faulty step, this replica's micro batches whose loss is not finite, where the last stage of it is."""
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
@@ -77,7 +81,7 @@ def forward_backward(
     Returns:
         What they came to over all replicas: in all, and of each source of the data.
     """
-    sums = _forward_backward(model, batches, forward_only=forward_only)
+    sums, _ = _forward_backward(model, batches, forward_only=forward_only)
     return step_shares(sums.tolist())
 
 
@@ -88,8 +92,8 @@ def _forward_backward(
     forward_only: bool = False,
     mark: Callable[[str], None] | None = None,
     meanwhile: Callable[[int], object] | None = None,
-) -> Tensor:
-    """The same, as `step_sums` gives it.
+) -> tuple[Tensor, list[Tensor]]:
+    """The same, as `step_sums` gives it and as it takes it.
 
     Args:
         mark, meanwhile: as `train_step`.
@@ -114,7 +118,7 @@ def _forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return step_sums(sums, batches[0].num_sources)
+    return step_sums(sums, batches[0].num_sources), sums
 
 
 def handed_out(batches: Sequence[Batch], meanwhile: Callable[[int], object] | None = None) -> Iterator[Batch]:
@@ -133,8 +137,8 @@ def _nothing(name: str) -> None:
     """Nobody watches the time."""
 
 
-def squared_norm(optimizer: Any) -> Tensor:
-    """Of the gradients of all ranks: float32 [1].
+def squared_norm(optimizer: Any, asked: object) -> Tensor:
+    """Of the gradients of all ranks, and how many of them are asked to end: float32 [2].
 
     mcore's own sums and kernels, but for its last line, which reads the number.
     Source: get_grad_norm_fp32 in megatron/core/optimizer/clip_grads.py at 0.16.1.
@@ -144,7 +148,7 @@ def squared_norm(optimizer: Any) -> Tensor:
     if gradients:
         overflow = torch.zeros(1, dtype=torch.int, device=host.device())
         norm, _ = multi_tensor_applier(l2_norm_impl, overflow, [gradients], False)  # not one for each of them
-    squared = norm**2
+    squared = torch.cat([norm**2, torch.full((1,), float(bool(asked)), device=norm.device)])
     dist.all_reduce(squared, group=optimizer.get_grad_stats_parallel_group())
     return squared
 
@@ -157,6 +161,7 @@ def train_step(
     judge: Callable[[float, float], str] | None = None,
     meanwhile: Callable[[int], object] | None = None,
     mark: Callable[[str], None] | None = None,
+    asked: Callable[[], object] | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, update.
 
@@ -170,20 +175,21 @@ def train_step(
         meanwhile: what the host does beside the GPU, such as reading the next step's batches; told how many micro
             batches of this step are on their way, of which the last call hears of all.
         mark: told what begins, as `mmcore.training.timing.ModuleTimes.mark`.
+        asked: whether this rank is asked to end the run.
     """
     mark = mark or _nothing
     mark("rest")
     model.zero_grad_buffer()
     optimizer.zero_grad()
-    sums = _forward_backward(model, batches, mark=mark, meanwhile=meanwhile)  # float64 [num_sources, 7]
+    sums, of_batches = _forward_backward(model, batches, mark=mark, meanwhile=meanwhile)  # float64 [num_sources, 7]
     mark("optimizer")
     optimizer.prepare_grads()
-    numbers = torch.cat([sums.flatten(), squared_norm(optimizer).double()])
+    numbers = torch.cat([sums.flatten(), squared_norm(optimizer, asked and asked()).double()])
     if meanwhile:
         mark("data")
         meanwhile(len(batches))
         mark("optimizer")
-    *values, squared = numbers.tolist()  # the host waits here, and nowhere else
+    *values, squared, num_asked = numbers.tolist()  # the host waits here, and nowhere else
     width = sums.shape[1]
     total, sources = step_shares([values[start : start + width] for start in range(0, len(values), width)])
     grad_norm = math.sqrt(squared)
@@ -195,4 +201,7 @@ def train_step(
         optimizer.step_with_ready_grads()
     scheduler.step(increment=1)
     mark("rest")
-    return StepResult(total=total, sources=sources, grad_norm=grad_norm, fault=fault)
+    bad = [index for index, one in enumerate(of_batches) if fault and not one.isfinite().all()]
+    return StepResult(
+        total=total, sources=sources, grad_norm=grad_norm, fault=fault, is_asked=num_asked > 0, bad=tuple(bad)
+    )

@@ -138,7 +138,7 @@ def test_spikes(tmp_path: Path) -> None:
 def test_it_stops(tmp_path: Path) -> None:
     (told,) = run(tmp_path, "stop", bad={5: float("inf")})
     assert told.startswith("step 6 is bad: the loss is inf. Nothing of it was kept, and the last checkpoint is")
-    assert "run/step_00000004. Lower --optimizer.lr" in told
+    assert "run/step_00000004. Its samples: inf (all are in" in told
     (told,) = run(tmp_path, "early", bad={1: NAN}, on_bad_step="rewind")
     assert told.startswith("step 2 is bad: the loss is nan; the run cannot go back, and there is no checkpoint")
 
