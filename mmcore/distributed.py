@@ -25,7 +25,7 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """Where this process stands among those that torchrun started."""
+    """Where this process stands among those that torchrun or srun started."""
 
     rank: int = 0
     local_rank: int = 0
@@ -33,7 +33,10 @@ class Rank:
 
     @classmethod
     def from_environment(cls) -> "Rank":
-        """Read RANK, LOCAL_RANK and WORLD_SIZE; a process started alone is rank 0 of 1."""
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; a process started alone is rank 0 of 1.
+
+        A task of srun has its own names, which `mmcore.environment.name_rank` has translated when a verb began.
+        """
         given = {field.name: os.environ.get(field.name.upper()) for field in fields(cls)}
         return cls(**{name: int(value) for name, value in given.items() if value is not None})
 

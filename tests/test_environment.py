@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmcore import host
+from mmcore.commands import train
 from mmcore.config import ParallelConfig
 from mmcore.distributed import Rank
 from mmcore.environment import name_rank, queue_in_order
@@ -117,6 +118,19 @@ def test_queues(
     monkeypatch.setattr(os, "environ", {name: set_before} if set_before else {})
     queue_in_order(ParallelConfig(**layout))
     assert os.environ.get(name) == expected
+
+
+def test_training_sets_it_from_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch is there: with what checks the run."""
+
+    def seen(*_: object) -> None:
+        raise ValueError(f"CUDA_DEVICE_MAX_CONNECTIONS={os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS')}")
+
+    monkeypatch.setattr(train, "check", seen)
+    for recipe, expected in (("mistral_clip_sft", "1"), ("llava15_vicuna_pretrain", None)):
+        monkeypatch.setattr(os, "environ", {})
+        with pytest.raises(ValueError, match=f"={expected}$"):
+            train.main([recipe])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from mmcore.checks import nearest
 from mmcore.config import RunConfig
 from mmcore.config_yaml import as_yaml, load_yaml, merge
 from mmcore.constants import DONE_FILE, EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED, MODULES
+from mmcore.environment import queue_in_order
 from mmcore.evaluation.scores import write_whole
 from mmcore.evaluation.task import check_eval
 from mmcore.models.architecture import Architecture, check_layout, check_length, with_image_mode
@@ -106,6 +107,7 @@ def main(argv: list[str]) -> int:
     if only_print:
         print(as_yaml(config), end="")
         return EXIT_DONE
+    queue_in_order(config.parallel)
     architecture = check(config, int(os.environ.get("WORLD_SIZE", 1)))
     if config.checkpoint.save:
         return _run(config, architecture)
