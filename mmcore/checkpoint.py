@@ -34,6 +34,7 @@ from mmcore.checkpoint_shards import COMMON_FILE, plan_shards, read_description
 from mmcore.config import CheckpointConfig
 from mmcore.constants import TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, save_architecture
+from mmcore.pickles import read_state
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip  (after mmcore.distributed, which mends it)
 from megatron.core.dist_checkpointing.mapping import ShardedTensor  # isort: skip
@@ -167,10 +168,9 @@ class Saving:
             names = [*self.small, *self.shards.names]
             self.written = results, {name: files.checksum(self.folder / name) for name in names}
             self.error = ""
-        except OSError as error:
-            self.error = f"rank {dist.get_rank()}: {error}"
-        except Exception:  # not the disk's fault: who mends it wants to know where
-            self.error = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+        except Exception as error:
+            # What is not the disk's fault is told whole: who mends it wants to know where.
+            self.error = f"rank {dist.get_rank()}: {_of_disk(error) or traceback.format_exc()}"
         self.shards.buckets, self.small = [], {}  # as large as the model: of no use to a run that goes on
 
     def is_written(self) -> bool:
@@ -222,6 +222,13 @@ class Saving:
                 f"{what} failed ({error}); {rest}. Mend the disk, most often by making room, and start the same "
                 "command again: it goes on from there"
             )
+
+
+def _of_disk(error: BaseException | None) -> OSError | None:
+    """What the disk said, where that is behind an error: torch ends a file that it could not write by one of its own."""
+    while error and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def save_checkpoint(run: Path, step: int, *, keep_last: int, **content: Any) -> Path:
@@ -292,7 +299,7 @@ def _random_state() -> bytes:
 def _load_random(path: Path) -> None:
     """Set the generators; at another layout they stay as the run's seed began them."""
     if path.is_file():
-        states = torch.load(path, weights_only=True)
+        states = read_state(path)
         torch.set_rng_state(states["host"])
         _set_cuda_rng_state(states["device"])
         get_cuda_rng_tracker().set_states(states["tracker"])

@@ -7,6 +7,7 @@
 A folder gets and loses its name `step_*` by one rename, so no kill leaves half a checkpoint under it.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,9 @@ from mmcore.models.parameters import num_parameters
 
 MANIFEST_FILE = "manifest.json"
 INCOMPLETE, DAMAGED = ".incomplete-", "damaged-"
+
+# How a disk says that what was written is not on it.
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 # Bytes of a trained parameter's master and two moments: float32 in a checkpoint, whatever --optimizer.states are.
 OPTIMIZER_BYTES = 12
@@ -104,8 +108,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError:
-        if not path.is_dir():  # some network file systems sync no folders
+    except OSError as error:
+        if not path.is_dir() or error.errno in _LOST:  # some network file systems sync no folders
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A disk that fails on demand: calls of this process on the files of a run are counted, and one of them does not return.
+"""A disk that fails on demand: this process's calls on the files of a run are counted, and one of them fails.
 
 `disk.c` is preloaded, so that every call of the C library that changes a file, and those that read one, are seen:
 Python's and torch's alike.

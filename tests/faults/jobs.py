@@ -16,19 +16,18 @@ import mmcore.training.loop  # noqa: F401  (imported before any fork)
 from mmcore import __main__ as command_line
 from mmcore import checkpoint
 from mmcore.config import ParallelConfig
-from mmcore.models.architecture import ProjectorArch
+from mmcore.models.architecture import Architecture, ProjectorArch
 from mmcore.models.presets import compose
 from mmcore.training.optimizer import wrap
 from tests import ranks, tiny
 from tests.data import fabricated
 
-# As few bytes as all layouts of two ranks a dimension allow: a save is some 250 calls on files, half of them writes.
-SMALL = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2}
-ARCHITECTURE = compose(
-    replace(tiny.VISION, **SMALL),
-    replace(tiny.LANGUAGE, **SMALL, kv_channels=8, vocab_size=300),
-    ProjectorArch(ffn_hidden_size=16),
-)
+
+def small(vocab_size: int) -> Architecture:
+    """As few bytes as layouts of two ranks a dimension allow: a save is some 400 calls on files."""
+    sizes = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 16, "num_attention_heads": 2}
+    language = replace(tiny.LANGUAGE, **sizes, kv_channels=8, vocab_size=vocab_size)
+    return compose(replace(tiny.VISION, **sizes), language, ProjectorArch(ffn_hidden_size=16))
 
 
 def write_inputs(root: Path) -> None:
@@ -37,8 +36,8 @@ def write_inputs(root: Path) -> None:
     fabricated.write_shards(root / "data", 60)
 
     def write() -> None:
-        model = tiny.build(ParallelConfig(), arch=ARCHITECTURE)
-        files = {"architecture": ARCHITECTURE, "tokenizer": root / "tokenizer", "state": {}, "loader_state": None}
+        model = tiny.build(ParallelConfig(), arch=small(300))
+        files = {"architecture": model.architecture, "tokenizer": root / "tokenizer", "state": {}, "loader_state": None}
         checkpoint.save_checkpoint(root / "model", 0, model=wrap(model), optimizer=None, keep_last=1, **files)
 
     ranks.run(write, ParallelConfig(), 1)

@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from mmcore import checkpoint_files as files
 from mmcore.checkpoint_shards import Shards
 from mmcore.config import ParallelConfig
 from tests import ranks
-from tests.faults.jobs import Job, arguments
 from tests.training.test_saving import Run, names
 
 PAIR = ParallelConfig(tensor_model_parallel_size=2)
