@@ -51,7 +51,7 @@ class SaveError(Exception):
 def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
     """Where a run goes on: its newest checkpoint whose files are those that were written. All ranks call it.
 
-    Newer ones are set aside under other names.
+    Newer ones are set aside under other names, and what a kill left behind is taken away: no save may be on its way.
 
     Returns:
         The checkpoint, None where the run has none, and what to tell about those that were passed over.
@@ -59,6 +59,8 @@ def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
         ValueError: it has some, and all are damaged; nothing is renamed then.
     """
     damaged: list[tuple[Path, str]] = []
+    if distributed.is_main():
+        files.clear_incomplete(run)
     for folder in reversed(_shared(files.step_folders(run))):
         problems = _problems(folder, needs_manifest=True)
         if not problems:
@@ -225,7 +227,7 @@ class Saving:
 
 
 def _of_disk(error: BaseException | None) -> OSError | None:
-    """What the disk said, where that is behind an error: torch ends a file that it could not write by one of its own."""
+    """What the disk said, where that is behind an error: torch ends a file that it could not write by its own."""
     while error and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -260,8 +262,9 @@ def _shared(value: Any) -> Any:
 
 
 def _problems(folder: Path, *, needs_manifest: bool = False) -> list[str]:
-    """What `files.verify` finds, the files dealt to the ranks."""
-    if needs_manifest and not _shared((folder / files.MANIFEST_FILE).is_file()):
+    """What `files.verify` finds, the files dealt to the ranks. What a run has written has a manifest."""
+    needs_manifest |= (folder / RUN_FILE).exists()
+    if _shared(needs_manifest and not (folder / files.MANIFEST_FILE).is_file()):
         return [f"{files.MANIFEST_FILE} is missing"]
     found: list[Any] = [None] * dist.get_world_size()
     own = files.verify(folder, part=dist.get_rank(), parts=len(found))

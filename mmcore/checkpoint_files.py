@@ -10,6 +10,7 @@ A folder gets and loses its name `step_*` by one rename, so no kill leaves half 
 import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ from mmcore.models.parameters import num_parameters
 
 MANIFEST_FILE = "manifest.json"
 INCOMPLETE, DAMAGED = ".incomplete-", "damaged-"
+_REPLACED = INCOMPLETE + "replaced-"
 
 # How a disk says that what was written is not on it.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
@@ -59,7 +61,14 @@ def write_manifest(folder: Path, known: Mapping[str, Checksum]) -> None:
     """
     names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
     content = {name: known.get(name) or checksum(folder / name) for name in names if name != MANIFEST_FILE}
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / MANIFEST_FILE).write_text(_manifest(content))
+
+
+def _manifest(content: Mapping[str, Checksum]) -> str:
+    """Its text. The last entry is the manifest's own, of the entries before it: one of its bits could name another file
+    that is there too, and leave the first one out."""
+    others = json.dumps(content, indent=1).encode()
+    return json.dumps({**content, MANIFEST_FILE: (len(others), zlib.crc32(others))}, indent=1) + "\n"
 
 
 def verify(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
@@ -72,9 +81,13 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     if not manifest.is_file():
         return []
     try:
-        content = {str(name): (int(size), int(crc)) for name, (size, crc) in json.loads(manifest.read_text()).items()}
+        text = manifest.read_text()
+        content = {str(name): (int(size), int(crc)) for name, (size, crc) in json.loads(text).items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         return [f"{MANIFEST_FILE} cannot be read ({error})"]
+    content.pop(MANIFEST_FILE, None)
+    if _manifest(content) != text:
+        return [f"{MANIFEST_FILE} has other content than was written"]
     return [problem for name in list(content)[part::parts] if (problem := _difference(folder, name, content[name]))]
 
 
@@ -95,7 +108,7 @@ def publish(folder: Path, final: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
     if final.exists():  # a run that went back comes by again
-        replaced = final.with_name(f"{INCOMPLETE}replaced-{final.name}")
+        replaced = final.with_name(_REPLACED + final.name)
         final.rename(replaced)
         folder.rename(final)
         shutil.rmtree(replaced)
@@ -116,9 +129,16 @@ def _sync(path: Path) -> None:
 
 
 def clear_incomplete(run: Path) -> None:
-    """Delete what a kill left behind in the middle of writing or deleting."""
+    """Delete what a kill left behind in the middle of writing or deleting; the job is the only one that writes here."""
+    for replaced in run.glob(_REPLACED + "*"):
+        final = run / replaced.name.removeprefix(_REPLACED)
+        if not final.exists():  # killed between the two renames of `publish`
+            replaced.rename(final)
     for leftover in run.glob(INCOMPLETE + "*"):
         shutil.rmtree(leftover)
+    for part in run.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", part.name) and part.is_file():  # mmcore.evaluation.scores.write_whole's
+            part.unlink()
 
 
 def set_aside(folder: Path) -> Path:

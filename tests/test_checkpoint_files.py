@@ -79,6 +79,27 @@ def test_sums_taken_while_writing_are_recorded(tmp_path: Path) -> None:
     assert content["weights.distcp"] == [10240, files.checksum(folder / "weights.distcp")[1]]
 
 
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    """Also one by which it names another file that is there, or its last line break."""
+    folder = write(tmp_path, 1)
+    for rank in range(2):
+        (folder / f"loader_{rank}.json").write_text("{}")
+    files.write_manifest(folder, {})
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))]
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(content))
+    for content in damaged:
+        manifest.write_bytes(content)
+        (problem,) = files.verify(folder)
+        assert problem.startswith("manifest.json ")
+    manifest.write_bytes(whole)
+    assert files.verify(folder) == []
+
+
 def test_set_aside_never_replaces(tmp_path: Path) -> None:
     names = []
     for _ in range(3):
@@ -133,6 +154,7 @@ def test_killed_while_it_makes_room(tmp_path: Path, monkeypatch: Any) -> None:
         files.prune(tmp_path, CheckpointConfig(save_interval=10, keep_last=2, keep_every=20))
     assert [folder.name for folder in files.step_folders(tmp_path)] == [f"step_000000{step}" for step in (20, 30, 40)]
     assert all(files.verify(folder) == [] for folder in files.step_folders(tmp_path))
+    (tmp_path / ".log.jsonl.4242").write_text("half of a row")
     files.clear_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "damaged-step_00000035",
@@ -177,12 +199,13 @@ def test_killed_at_every_act_on_the_disk(replaces: bool, tmp_path: Path) -> None
             files.prune(run, CheckpointConfig(keep_last=1))
 
         is_done = events(save, killed_at)
+        files.clear_incomplete(run)
         found = files.step_folders(run)
         assert found and all((path / "manifest.json").exists() and not files.verify(path) for path in found)
         names.add(tuple(path.name[-1] for path in found))
         if is_done:
             break
-    assert names == {("1", "2"), ("1", "2", "3"), ("2", "3"), ("3",)}
+    assert names == {("1", "2", "3"), ("2", "3"), ("3",)} | (set() if replaces else {("1", "2")})
     assert is_done and killed_at > 20
 
 
