@@ -228,9 +228,11 @@ class Saving:
 
 def _of_disk(error: BaseException | None) -> OSError | None:
     """What the disk said, where that is behind an error: torch ends a file that it could not write by its own."""
-    while error and not isinstance(error, OSError):
+    while error:
+        if isinstance(error, OSError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def save_checkpoint(run: Path, step: int, *, keep_last: int, **content: Any) -> Path:

@@ -32,8 +32,8 @@ MEGATRON_FILE = "latest_checkpointed_iteration.txt"
 # Exit codes of every command.
 EXIT_DONE, EXIT_FAULT, EXIT_USAGE = 0, 1, 2
 
-# And of `mmcore train`, for what starts it: docs/training.md, Exit codes. 75 is EX_TEMPFAIL of sysexits.h; 16 and 17 are
-# Megatron-LM's (megatron/core/rerun_state_machine.py at core_v0.16.1), and 93 is that of nvidia-resiliency-ext.
+# And of `mmcore train`, for what starts it: docs/training.md, Exit codes. 75 is EX_TEMPFAIL of sysexits.h; 16 and 17
+# are Megatron-LM's (megatron/core/rerun_state_machine.py at core_v0.16.1), and 93 is that of nvidia-resiliency-ext.
 EXIT_PREEMPTED, EXIT_SUSPECT, EXIT_BAD_AGAIN, EXIT_SICK = 75, 16, 17, 93
 
 # Written last by a run that has done all of its steps.
