@@ -5,7 +5,6 @@ mmcore.pickles, mmcore.data.energon.
 """
 
 import ast
-import itertools
 import json
 import math
 import re
@@ -64,12 +63,16 @@ def expand(pattern: str) -> list[str]:
 
     if re.search(r"\{[^}]*\{", pattern):
         raise ValueError(f"{pattern!r:.80} has braces in braces")
-    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
-    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= MAX_NAMES:
-        names = list(itertools.islice(braceexpand.braceexpand(pattern), MAX_NAMES + 1))
-        if len(names) <= MAX_NAMES:
-            return names
-    raise ValueError(f"{pattern!r:.80} stands for more than {MAX_NAMES} names")
+    if math.prod(map(_count, re.findall(r"\{([^{}]*)\}", pattern))) > MAX_NAMES:
+        raise ValueError(f"{pattern!r:.80} stands for more than {MAX_NAMES} names")
+    return list(braceexpand.braceexpand(pattern))
+
+
+def _count(inside: str) -> int:
+    """At most how many names braces stand for."""
+    if numbers := re.match(r"(-?\d+)\.\.(-?\d+)", inside):
+        return abs(int(numbers[2]) - int(numbers[1])) + 1
+    return 26 if ".." in inside else 1 + inside.count(",")
 
 
 def check_unpacked(where: str, packed: int, unpacked: int) -> None:

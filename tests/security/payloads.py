@@ -100,7 +100,7 @@ def member(name: str, content: bytes = b"", **changes: object) -> bytes:
 def png(width: int, height: int, colour: int = 6, *, chunks: bytes = b"", rows: int | None = None) -> bytes:
     """A picture of zeros: colour type 6 is RGBA, 2 RGB; fewer `rows` than it promises."""
     channels = {0: 1, 2: 3, 6: 4}[colour]
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     row = bytes(1 + width * channels)
     data = b"".join(packer.compress(row) for _ in range(height if rows is None else rows)) + packer.flush()
     head = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
@@ -111,7 +111,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def tiff(tags: dict[int, int], data: bytes) -> bytes:
+def tiff(tags: dict[int, int], data: bytes = b"x") -> bytes:
     """A picture of these tags, each a number; the value -1 stands for the place of `data`."""
     place = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, place if value < 0 else value) for tag, value in tags.items())
