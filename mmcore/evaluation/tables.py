@@ -105,6 +105,9 @@ def _xlsx(content: bytes, where: str, what: str) -> Iterator[Row]:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             check_zip(archive, where)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{what} {where} is no XLSX table: {error}") from None
+    try:
         # Values, not formulae; and nothing of other workbooks that it names.
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True, keep_links=False)
         sheet = book.worksheets[0]
@@ -112,13 +115,11 @@ def _xlsx(content: bytes, where: str, what: str) -> Iterator[Row]:
         names = next(rows, ())
         for number, cells in enumerate(rows, 1):
             if number > MAX_XLSX_ROWS:
-                raise ValueError(f"{what} {where} is no XLSX table: it has more than {MAX_XLSX_ROWS} rows")
+                raise ValueError(f"it has more than {MAX_XLSX_ROWS} rows")
             # A column without a name is an index that somebody's library has written.
             row = {str(name): cell for name, cell in zip(names, cells, strict=False) if name is not None}
             if any(cell is not None for cell in row.values()):
                 yield f"{where} row {number}", {name: "" if cell is None else cell for name, cell in row.items()}
-    except ValueError:
-        raise
     except Exception as error:  # openpyxl raises whatever it stumbles over
         raise ValueError(f"{what} {where} is no XLSX table: {error}") from None
 
