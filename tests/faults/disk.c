@@ -20,7 +20,7 @@ static char root[PATH_MAX];
 static long at, count;
 static int kinds, error, lasts, notes = -1, off_limits = 1;
 
-/* Begin to count calls of `kinds` on checkpoints of the run `folder`. From 1, call number `number` fails by `code`, or
+/* Begin to count calls of `kinds` on `folder` and what is below it. From 1, call number `number` fails by `code`, or
  * kills the process where that is 0; with `lasting` all later ones fail too. Each is noted in the file `log`. */
 void disk_arm(const char *folder, int which, long number, int code, int lasting, const char *log) {
     snprintf(root, sizeof root, "%s", folder);
@@ -38,9 +38,7 @@ long disk_disarm(void) {
 
 static int is_ours(const char *path) {
     size_t length = strlen(root);
-    if (strncmp(path, root, length)) return 0;
-    const char *rest = path + length;
-    return !*rest || !strncmp(rest, "/step_", 6) || !strncmp(rest, "/.incomplete-", 13) || !strncmp(rest, "/damaged-", 9);
+    return !strncmp(path, root, length) && (!path[length] || path[length] == '/');
 }
 
 /* 0 to go on, 1 to be killed now, else the errno by which the call fails. */

@@ -50,7 +50,7 @@ def is_preloaded() -> bool:
 
 
 def arm(run: Path, kinds: Kind, number: int = 0, error: int = 0, *, lasts: bool = False, log: str = "") -> None:
-    """Count calls on the checkpoints of a run from now on, in this process.
+    """Count calls on the folder of a run, and on what is below it, from now on, in this process.
 
     Args:
         number: of the call that fails, from 1; none for 0.

@@ -9,11 +9,12 @@ class Size:
     """Of one of the two forms."""
 
     events: int
-    """Of the file events of a save at which it is killed, how many, evenly spread; 0 for all of them."""
+    """Of the file events of a start, and of each rank's save, at which it is killed, how many, evenly spread; 0 for
+    all of them."""
     kills: int
     """At random moments."""
     faults: int
-    """As `events`, for calls that fail."""
+    """As `events`, of each rank's calls that fail."""
     flips: int
     swaps: int
     truncations: int
@@ -31,9 +32,9 @@ class Size:
 
 LAYOUTS = tuple(f"tp{tensor}pp{pipeline}dp{data}" for tensor in (1, 2) for pipeline in (1, 2) for data in (1, 2))
 SHORT = Size(
-    events=10,
+    events=4,
     kills=14,
-    faults=10,
+    faults=5,
     flips=150,
     swaps=20,
     truncations=20,
