@@ -77,7 +77,9 @@ def test_a_run_without_data_weights_or_checkpoints(tmp_path: Path) -> None:
         "data_wait_share", "params", "config",
     ]  # fmt: skip
     assert found["samples_per_s"] > 0 and found["tflops"] > 0 and found["config"]["--data.synthetic"] == "True"
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["lock", "log.jsonl", "starts.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        *("DONE", "lock", "log.jsonl", "starts.jsonl")
+    ]
     rows = [json.loads(text) for text in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     for row in rows:
         parts = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("seconds/")}
