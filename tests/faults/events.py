@@ -31,8 +31,8 @@ PAIR = ParallelConfig(tensor_model_parallel_size=2)
 
 
 def armed(victim: int, run: Path, number: int = 0, log: str = "", *, start: bool = False) -> Callable[[int], None]:
-    """Let a rank's n-th call kill it, or note all: of its first save and what follows it up to the next, or of its start
-    up to the first, where it is killed at the latest."""
+    """Let a rank's n-th call kill it, or note all calls: of its first save and what follows it, up to the next; or of
+    its start, up to the first, where it is killed at the latest."""
 
     def before(rank: int) -> None:
         begin, begun = checkpoint.Saving.__init__, []

@@ -1,7 +1,7 @@
 """In place of `python`, for `-m mmcore ...`: steps and saves that take as long as they do at full size.
 
-STEP_SECONDS is slept in every step of a job's first start, SAVE_SECONDS in every save, where what it has written is
-brought to the disk, on the main rank.
+STEP_SECONDS is slept in every step: one number for each start of the job, of which the last counts on. SAVE_SECONDS is
+slept in every save, where what it has written is brought to the disk, on the main rank.
 """
 
 import os
@@ -15,11 +15,12 @@ from mmcore.__main__ import main
 from mmcore.training import loop
 
 train_step, publish = loop.train_step, checkpoint_files.publish
-is_first_start = os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+paces = [float(seconds) for seconds in os.environ.get("STEP_SECONDS", "0").split()]
+pace = paces[min(int(os.environ.get("SLURM_RESTART_COUNT", 0)), len(paces) - 1)]
 
 
 def slow_step(*arguments: Any) -> Any:
-    time.sleep(float(os.environ.get("STEP_SECONDS", 0)) if is_first_start else 0)
+    time.sleep(pace)
     return train_step(*arguments)
 
 

@@ -1,7 +1,7 @@
 """`mmcore train` under the real sft.sbatch on two nodes: preempted, killed, out of time, out of disk, it ends as if
 nothing had happened, bit for bit.
 
-    PREEMPTIONS=20 SAVE_SECONDS=40 .venv/bin/python -m pytest tests/slurm
+    PREEMPTIONS=20 SLOW_SAVE=40 .venv/bin/python -m pytest tests/slurm
 
 is the full form, of 20 preemptions with no loader worker and 20 with four. The short one has one with none, and with
 four the one before a time limit; saves of 3 s.
@@ -25,7 +25,7 @@ from tests.training.test_run import inputs as inputs  # a fixture
 from tests.training.test_run import log
 
 PREEMPTIONS = int(os.environ.get("PREEMPTIONS", 1))
-SAVE_SECONDS = os.environ.get("SAVE_SECONDS", "3")
+SLOW_SAVE = os.environ.get("SLOW_SAVE", "3")
 SAVED = 4  # steps between checkpoints
 STEPS = 12 + 8 * PREEMPTIONS
 SLOWLY = Path(__file__).with_name("slowly.py")
@@ -43,7 +43,7 @@ class Runs:
 
     def submit(self, run: Path, *options: object, sbatch: tuple[object, ...] = (), **settings: str) -> int:
         own = {"CHECKPOINT": f"{self.inputs}/model", "DATA": f"{self.inputs}/data", "RUN": str(run), "TP": "2"}
-        own |= {"RECIPE": "quickstart_sft", "PYTHON": str(self.python), "STEP_SECONDS": "0.4"}
+        own |= {"RECIPE": "quickstart_sft", "PYTHON": str(self.python), "STEP_SECONDS": "0.4 0"}
         small = ["--train.steps", STEPS, "--checkpoint.save-interval", SAVED, "--optimizer.lr-warmup-steps", 2]
         small += ["--train.global-batch-size", 8, "--train.micro-batch-size", 4, "--data.num-streams", 4]
         small += ["--data.seq-length", 128, "--data.packing-buffer-size", 16, "--logging.log-interval", 1]
@@ -93,11 +93,12 @@ class Runs:
     def preempted(self, workers: int = 0) -> Path:
         """By whoever wants the nodes, in the middle of everything, again and again."""
         run = self.folder / f"preempted-{workers}"
-        job = self.submit(run, "--data.num-workers", workers, SAVE_SECONDS=SAVE_SECONDS)
+        options = ("--data.num-workers", workers, "--checkpoint.save-interval", STEPS)
+        job = self.submit(run, *options, STEP_SECONDS="0.4", SAVE_SECONDS=SLOW_SAVE)
         for cycle in range(PREEMPTIONS):
             self.wait_for_step(job, run, self.steps(run) + 2 + cycle % 3)
             self.slurm.call("scancel", "--batch", "--signal=USR1", job)
-            deadline = time.monotonic() + 120 + float(SAVE_SECONDS)
+            deadline = time.monotonic() + 120 + float(SLOW_SAVE)
             while self.slurm.log(job).count("preempted: saved") <= cycle:
                 assert time.monotonic() < deadline, self.slurm.log(job)
                 time.sleep(0.2)
@@ -109,7 +110,7 @@ class Runs:
         """By Slurm's own signal two minutes before the limit, which is set when they have begun; then the job is given
         time again."""
         run = self.folder / "limit"
-        job = self.submit(run, "--data.num-workers", 4, sbatch=("--time=30", "--signal=B:USR1@120"), STEP_SECONDS="3")
+        job = self.submit(run, "--data.num-workers", 4, sbatch=("--time=30", "--signal=B:USR1@120"), STEP_SECONDS="3 0")
         self.wait_for_step(job, run, 2)
         hours, minutes, _ = map(int, self.slurm.state(job)["RunTime"].split(":"))
         self.slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={hours * 60 + minutes + 2}")
@@ -182,6 +183,7 @@ def results(slurm: Slurm, inputs: Path, tmp_path_factory: Any) -> Iterator[dict[
     runs = Runs(slurm, inputs, tmp_path_factory.mktemp("runs"))
     with ThreadPoolExecutor(len(KINDS) + 2) as pool:
         yield {name: pool.submit(getattr(runs, name)) for name in (*KINDS, "whole", "scored")}
+        slurm.cancel_all()  # what is left where a test failed
 
 
 def test_two_nodes(results: dict[str, Future[Path]]) -> None:
