@@ -1,7 +1,7 @@
 """`mmcore train` under the real sft.sbatch on two nodes: preempted, killed, out of time, out of disk, it ends as if
 nothing had happened, bit for bit.
 
-    PREEMPTIONS=20 SLOW_SAVE=40 .venv/bin/python -m pytest tests/slurm
+    SLURM_TESTS=1 PREEMPTIONS=20 SLOW_SAVE=40 bash tests/run.sh tests/slurm
 
 is the full form, of 20 preemptions with no loader worker and 20 with four. The short one has one with none, and with
 four the one before a time limit; saves of 3 s.
