@@ -101,6 +101,8 @@ def apply(
         DifferencesError: unknown or missing tensors, wrong shapes, dtypes that are not floating point or
             whose range `dtype` does not hold.
     """
+    if num_layers > len(weights.headers):  # billions of them, if a stranger's configuration says so
+        raise DifferencesError([f"{num_layers} layers for {len(weights.headers)} tensors"], weights.name)
     problems: list[str] = []
     stored: dict[str, StoredTensor] = {}
     used: set[str] = set()
