@@ -140,7 +140,6 @@ def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
     """The run, and each fault of it said once."""
     from mmcore.checkpoint import SaveError
     from mmcore.data.stream import TooManySkippedError
-    from mmcore.training import watchdog
     from mmcore.training.batches import check_data
     from mmcore.training.loop import train
     from mmcore.training.policy import BadStepError
@@ -161,8 +160,6 @@ def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
     except TooManySkippedError as error:  # of the rank that reads those samples
         print(f"mmcore train: {error}", file=sys.stderr)
         return EXIT_FAULT
-    finally:
-        watchdog.stop()
     return EXIT_DONE
 
 

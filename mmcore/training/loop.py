@@ -20,7 +20,6 @@ from mmcore.models.interleaved import build_model
 from mmcore.models.kernels import accumulate_in_place, check_kernels
 from mmcore.models.llava import base_config
 from mmcore.models.pipeline import plan_layers, stage_layers
-from mmcore.training import marks, watchdog
 from mmcore.training.batches import Batches
 from mmcore.training.memory import training_bytes
 from mmcore.training.metrics import Metrics, Validation, is_told
@@ -107,14 +106,6 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     waited = 0.0
     scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task and source else None
     saving: ckpt.Saving | None = None
-    if config.train.watchdog_minutes:
-        watchdog.start(run, config.train.watchdog_minutes, model)
-
-    def mark(part: str) -> None:
-        marks.mark(part)
-        if times:
-            times.mark(part)
-
     is_asked = any(distributed.largest([bool(heard())]))
     if resumed and not is_asked:  # a run that is asked to end saves first
         has_validation = distributed.largest([bool(metrics and metrics.has_validation(step))])
@@ -123,7 +114,6 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         if scoring:
             scoring.catch_up(step, training.ddp)
     while step < config.train.steps and not is_asked:
-        marks.at_step(step + 1)
         said = training.advance(step + 1)
         if said and metrics:
             metrics.say(said)
@@ -144,10 +134,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             dealt,
             bad_steps.fault,
             partial(batches.keep_pace, ahead, len(dealt)),
-            mark,
+            times.mark if times else None,
             heard,
         )
-        marks.mark("telling")
         step += 1
         is_asked = result.is_asked
         state["consumed_samples"] += result.total.num_samples
@@ -185,15 +174,12 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                     for told in passed_over:
                         metrics.say(told)
                 continue
-        marks.mark("validation")
         if is_validated(config, step) and not is_asked:
             validate(step, training, config, architecture, source, metrics)
-        marks.mark("scoring")
         if scoring:
             scoring.tell()
             if scoring.is_due(step) and not is_asked:
                 scoring.evaluate(step, training.ddp)
-        marks.mark("saving")
         interval = config.checkpoint.save_interval
         if interval and (step % interval == 0 or is_last or is_asked):
             assert source is not None  # there is a tokenizer; see RunConfig.check
@@ -225,7 +211,6 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     elif scoring:
         scoring.finish()
         distributed.meet()
-    watchdog.stop()
     if metrics:
         metrics.close()
     if speed and speed.rows:

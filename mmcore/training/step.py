@@ -20,7 +20,6 @@ from mmcore.config import TrainConfig
 from mmcore.data.batch import Batch
 from mmcore.data.context import context_part
 from mmcore.training.loss import Share, mean_by_weight, step_shares, step_sums, token_loss
-from mmcore.training.marks import at_batch
 from mmcore.training.policy import BadSteps
 
 
@@ -131,7 +130,6 @@ def handed_out(batches: Sequence[Batch], meanwhile: Callable[[int], object] | No
     for number, batch in enumerate(batches):
         if number and meanwhile and is_alone:
             meanwhile(number)
-        at_batch(number, len(batches), batch.keys)
         yield batch
 
 
