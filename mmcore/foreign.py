@@ -18,6 +18,9 @@ PICTURE_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "B
 # Checked before anything is decoded: a file of a few kilobytes can stand for gigabytes of pixels.
 MAX_PIXELS = 1 << 26
 
+# Tags of TIFF (TIFF 6.0, section 15).
+TILE_WIDTH, TILE_LENGTH = 322, 323
+
 # Of one picture's file, and of one line of JSON Lines.
 MAX_PICTURE_BYTES, MAX_LINE_BYTES = 1 << 28, 1 << 24
 
@@ -39,6 +42,24 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+
+
+def check_pixels(image: Any, share: int = 1) -> None:
+    """Look at what a picture's header promises.
+
+    Args:
+        image: Pillow's, opened and not yet decoded.
+        share: of MAX_PIXELS so many-th parts are let pass, for who copies them more often.
+    Raises:
+        ValueError: it has too many pixels, or is to be decoded in tiles of too many.
+    """
+    limit = MAX_PIXELS // (max(share, 2) if image.format == "WEBP" else share)  # of which Pillow makes four copies
+    if image.width * image.height > limit:
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {limit} are decoded")
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    width, height = tags.get(TILE_WIDTH, 0), tags.get(TILE_LENGTH, 0)
+    if width * height > limit:
+        raise ValueError(f"a picture in tiles of {width} x {height} pixels; at most {limit} are decoded")
 
 
 def parse_literal(text: str) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 from PIL import ExifTags, Image
 
 from mmcore.constants import CLIP_IMAGE_MEAN
-from mmcore.foreign import MAX_PIXELS, PICTURE_FORMATS
+from mmcore.foreign import MAX_PIXELS, PICTURE_FORMATS, check_pixels
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,14 +212,7 @@ def _open(data: bytes) -> Image.Image:
         raise ValueError(f"a picture of too many pixels ({error})") from None
     except Exception as error:  # as in decode_image: a header can be broken too
         raise ValueError(f"a broken picture ({error})") from None
-    limit = MAX_PIXELS // 2 if image.format == "WEBP" else MAX_PIXELS  # of which Pillow makes four copies
-    if image.width * image.height > limit:
-        raise ValueError(f"a picture of {image.width} x {image.height} pixels; at most {limit} are decoded")
-    if image.format == "TIFF":
-        tags: Any = getattr(image, "tag_v2", {})
-        tile = [tags.get(name, 0) for name in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)]
-        if tile[0] * tile[1] > limit:
-            raise ValueError(f"a picture in tiles of {tile[0]} x {tile[1]} pixels; at most {limit} are decoded")
+    check_pixels(image)
     return image
 
 

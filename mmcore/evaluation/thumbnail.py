@@ -4,7 +4,7 @@ import base64
 import io
 from pathlib import Path
 
-from mmcore.foreign import MAX_PIXELS, PICTURE_FORMATS
+from mmcore.foreign import PICTURE_FORMATS, check_pixels
 
 # What browsers show as it is.
 KINDS = ("image/png", "image/jpeg", "image/webp", "image/gif")
@@ -25,9 +25,7 @@ def data_uri(image: Path | bytes, edge: int) -> tuple[str, int]:
         content = image.read_bytes() if isinstance(image, Path) else image
         with Image.open(io.BytesIO(content), formats=tuple(PICTURE_FORMATS)) as picture:
             # Of a JPEG less is decoded, below; of any other format all, and copied on the way.
-            limit = MAX_PIXELS if picture.format == "JPEG" else MAX_PIXELS // 2
-            if picture.width * picture.height > limit:
-                raise ValueError(f"{picture.width} x {picture.height} pixels, and at most {limit} are shown")
+            check_pixels(picture, 1 if picture.format == "JPEG" else 2)
             side, kind = max(picture.size), Image.MIME.get(picture.format or "", "")
             is_turned = picture.getexif().get(0x0112, 1) != 1
             is_opaque = picture.mode in ("RGB", "L") and "transparency" not in picture.info

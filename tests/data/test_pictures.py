@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from mmcore.data import image as image_module
+from mmcore import foreign
 from mmcore.data.batch import EncodedSample, collate
 from mmcore.data.conversation import encode_conversation, encode_document
 from mmcore.data.image import decode_image, preprocess
@@ -69,7 +69,7 @@ def test_a_sequence_is_known_before_anything_is_decoded(tokenizer: Tokenizer, mo
     expected = anyres.ids(TALL, tokenizer)
     monkeypatch.setattr(Image.Image, "load", None)
     assert anyres.ids(TALL, tokenizer) == expected
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 100)
+    monkeypatch.setattr(foreign, "MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="at most 100 are decoded"):
         anyres.ids(TALL, tokenizer)
 
