@@ -1,5 +1,6 @@
 """Opening a hostile file where it cannot hurt: in a process of its own, whose memory is bounded and looked at after."""
 
+import gc
 import json
 import os
 import resource
@@ -45,6 +46,7 @@ def opened(folder: Path, action: Callable[[], Any], *, most: int = MOST_GROWTH) 
 
 def _watched(folder: Path, action: Callable[[], Any]) -> tuple[str, int]:
     signal.alarm(60)
+    gc.freeze()  # else a look at all that is there copies it from the parent
     os.chdir(folder)
     sys.path.insert(0, str(folder))  # as for whoever starts a script there
     limit = _status("VmSize") + 3 * MOST_GROWTH
