@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mmcore.evaluation.parquet_pages import page_sizes
 from mmcore.foreign import check_unpacked, check_zip, parse_json
 
 Row = tuple[str, Any]
@@ -133,7 +134,7 @@ def _parquet(content: bytes, where: str, what: str) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(content))
         number = unpacked = 0
-        for batch in table.iter_batches(_batch_size(table.metadata, len(content), where)):
+        for batch in table.iter_batches(_batch_size(table.metadata, content, where)):
             check_unpacked(where, len(content), unpacked := unpacked + batch.nbytes)
             for row in batch.to_pylist():
                 number += 1
@@ -142,20 +143,20 @@ def _parquet(content: bytes, where: str, what: str) -> Iterator[Row]:
         raise ValueError(f"{what} {where} is no Parquet table: {error}") from None
 
 
-def _batch_size(metadata: Any, size: int, where: str) -> int:
-    """Rows of a Parquet file of so many bytes that are read together.
+def _batch_size(metadata: Any, content: bytes, where: str) -> int:
+    """Rows of a Parquet file that are read together.
 
     Raises:
         ValueError: its columns are far larger than the file, or have more values than it has bits.
     """
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    check_unpacked(where, size, sum(column.total_uncompressed_size for column in columns))
+    sizes = page_sizes(content, columns)
+    check_unpacked(where, len(content), sum(sizes))
     count = max(metadata.num_rows, sum(column.num_values for column in columns))
-    if count > max(FREE_VALUES, 8 * size):
-        raise ValueError(f"{where} would have {count} values in {size} bytes, as no honest file does")
-    largest = max((column.total_uncompressed_size for column in columns), default=1)
-    return max(1, min(256, BATCH_BYTES // max(1, largest)))
+    if count > max(FREE_VALUES, 8 * len(content)):
+        raise ValueError(f"{where} would have {count} values in {len(content)} bytes, as no honest file does")
+    return max(1, min(256, BATCH_BYTES // max([1, *sizes])))
 
 
 def _zip(content: bytes, where: str, what: str) -> Iterator[Row]:

@@ -172,3 +172,26 @@ def test_honest_tables_are_read(folder: Path) -> None:
     (folder / "a.xlsx").write_bytes(workbook({}))
     assert [row for _, row in read_rows(folder / "a.xlsx", "predictions")] == ROWS
     assert parse_literal("['a', 'b']") == ["a", "b"]
+
+
+def test_a_footer_that_lies_about_its_pages(folder: Path) -> None:
+    """The reader reserves what a page's header says; a footer with shorter numbers in its place does not help."""
+    table = pyarrow.table({"a": ["A" * (1 << 25)]})
+    data = parquet(table, use_dictionary=False, write_statistics=False, store_schema=False)
+    length = int.from_bytes(data[-8:-4], "little")
+    size = pyarrow.parquet.ParquetFile(io.BytesIO(data)).metadata.row_group(0).total_byte_size
+    body, footer = data[: -8 - length], data[-8 - length :]
+    assert footer.count(varint(size)) == 2
+    (folder / "a.parquet").write_bytes(body + footer.replace(varint(size), varint(100, len(varint(size)))))
+    assert pyarrow.parquet.ParquetFile(folder / "a.parquet").metadata.row_group(0).total_byte_size == 100
+    outcome = opened(folder, lambda: len(list(read_rows(folder / "a.parquet", "predictions"))), most=1 << 24)
+    assert "would unpack to 33554" in outcome, outcome
+
+
+def varint(number: int, width: int = 0) -> bytes:
+    """Thrift's compact form of a number, longer than it need be if asked."""
+    rest, found = 2 * number, []
+    while rest or len(found) < width or not found:
+        found.append(rest & 127 | 128)
+        rest >>= 7
+    return bytes([*found[:-1], found[-1] & 127])
