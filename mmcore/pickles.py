@@ -14,7 +14,7 @@ Source: torch distributed/checkpoint/filesystem.py, _write_item; serialization.p
 import io
 import math
 import mmap
-import pickle  # nosec B403  (the one place)
+import pickle  # nosec B403
 import struct
 import zipfile
 from collections import OrderedDict
