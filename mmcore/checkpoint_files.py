@@ -71,11 +71,12 @@ def _manifest(content: Mapping[str, Checksum]) -> str:
     return json.dumps({**content, MANIFEST_FILE: (len(others), zlib.crc32(others))}, indent=1) + "\n"
 
 
-def verify(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+def verify(folder: Path, *, part: int = 0, parts: int = 1, checksums: bool = True) -> list[str]:
     """What differs from the manifest, file by file; nothing to compare without one.
 
     Args:
         part: of `parts` that the files are dealt to, the one to look at.
+        checksums: whether files are read, or their sizes are looked at alone.
     """
     manifest = folder / MANIFEST_FILE
     if not manifest.is_file():
@@ -88,15 +89,16 @@ def verify(folder: Path, *, part: int = 0, parts: int = 1) -> list[str]:
     content.pop(MANIFEST_FILE, None)
     if _manifest(content) != text:
         return [f"{MANIFEST_FILE} has other content than was written"]
-    return [problem for name in list(content)[part::parts] if (problem := _difference(folder, name, content[name]))]
+    found = (_difference(folder, name, content[name], checksums) for name in list(content)[part::parts])
+    return [problem for problem in found if problem]
 
 
-def _difference(folder: Path, name: str, expected: Checksum) -> str:
+def _difference(folder: Path, name: str, expected: Checksum, checksums: bool) -> str:
     path = folder / name
     try:
         if path.stat().st_size != expected[0]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected[0]}"
-        return "" if checksum(path) == expected else f"{name} has other content than was written"
+        return "" if not checksums or checksum(path) == expected else f"{name} has other content than was written"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
@@ -172,7 +174,8 @@ def prune(run: Path, config: CheckpointConfig, best: Iterable[int] = ()) -> None
     Args:
         best: as for `kept`.
     """
-    folders = {int(folder.name.removeprefix("step_")): folder for folder in step_folders(run)}
+    whole = [folder for folder in step_folders(run) if (folder / MANIFEST_FILE).is_file()]  # others take no place
+    folders = {int(folder.name.removeprefix("step_")): folder for folder in whole}
     staying = kept(sorted(folders), config.keep_last, config.keep_every, config.keep_best, best)
     for step in sorted(folders.keys() - set(staying)):
         going = folders[step].rename(folders[step].with_name(INCOMPLETE + folders[step].name))

@@ -10,7 +10,7 @@ from typing import Any
 from mmcore import checkpoint_files as files
 from tests.faults.jobs import Job, arguments
 
-STEPS, RANKS = 24, 2
+STEPS, RANKS = 12, 2
 LAST = STEPS - 4  # begun again after this step, for it would soon be done
 # What is not the same in two runs: these name the run's folder and settings.
 OWN = {"run.json", ".metadata", files.MANIFEST_FILE}

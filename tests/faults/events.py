@@ -66,10 +66,10 @@ def test_killed_at_every_event(async_save: bool, inputs: Path, whole: Path, tmp_
     """Of each of two ranks, while they save and while they start; a write is torn in its middle."""
     chain, log = Chain(inputs, tmp_path, whole, async_save=async_save), tmp_path / "events"
     chain.live_on(2)
+    chain.live_on(2, lambda rank: armed(rank, chain.run, log=f"{log}-{rank}")(rank))
     killed = 0
     for rank in range(RANKS):
-        chain.live_on(2, armed(rank, chain.run, log=str(log)))
-        events = lines(log)
+        events = lines(Path(f"{log}-{rank}"))
         for number in spread(len(events), SIZE.events):
             before = chain.newest
             job = chain.life(lambda job: job.wait(patience=0), armed(rank, chain.run, number))

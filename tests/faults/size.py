@@ -18,12 +18,12 @@ class Size:
     flips: int
     swaps: int
     truncations: int
-    restarts: int
-    """Of a run that is killed while it deletes."""
     workers: tuple[tuple[int, int], ...]
     """Loader workers of a run, and of its resumption."""
     steps: int
     """Over which a resumption is compared."""
+    exact_layouts: tuple[str, ...]
+    """At which it is exact."""
     layouts: tuple[tuple[str, str], ...]
     """Written, read."""
     launched: bool
@@ -32,16 +32,16 @@ class Size:
 
 LAYOUTS = tuple(f"tp{tensor}pp{pipeline}dp{data}" for tensor in (1, 2) for pipeline in (1, 2) for data in (1, 2))
 SHORT = Size(
-    events=4,
-    kills=14,
-    faults=5,
-    flips=150,
+    events=2,
+    kills=8,
+    faults=4,
+    flips=100,
     swaps=20,
     truncations=20,
-    restarts=0,
-    workers=((0, 0), (2, 2)),
+    workers=((2, 2), (2, 0)),
     steps=50,
-    layouts=(("tp2pp1dp2", "tp1pp2dp1"), ("tp1pp2dp1", "tp2pp1dp1"), ("tp1pp1dp1", "tp2pp1dp2")),
+    exact_layouts=("tp1pp1dp1",),
+    layouts=(("tp2pp1dp2", "tp1pp2dp1"), ("tp1pp2dp1", "tp2pp1dp2")),
     launched=False,
 )
 FULL = Size(
@@ -51,9 +51,9 @@ FULL = Size(
     flips=1000,
     swaps=100,
     truncations=100,
-    restarts=100,
-    workers=tuple((written, read) for written in (0, 2, 4) for read in (0, 2, 4)),
+    workers=((0, 0), (2, 2), (4, 4), (0, 4), (4, 2)),
     steps=50,
+    exact_layouts=("tp1pp1dp1", "tp2pp1dp1", "tp1pp2dp1", "tp1pp1dp2"),
     layouts=tuple((written, read) for written in LAYOUTS for read in LAYOUTS if written != read),
     launched=True,
 )
