@@ -78,20 +78,20 @@ STEPS
 }
 
 # NVIDIA's image, as far as docs and Dockerfiles of others tell of it: torch outside any environment, a list of
-# versions that pip obeys, a user of number 1000, modules that cannot be had here.
+# versions that pip obeys, a user of number 1000, and modules that cannot be had here, as stubs: see above.
 stand_in_for_ngc() {
     mkdir "$work/ngc"
     cat >"$work/ngc/Containerfile" <<'STEPS'
 FROM docker.io/library/python:3.11-slim-bookworm
-RUN cd /usr/local/lib/python3.11/dist-packages \
-    && echo /links/torch >lent.pth \
-    && mkdir -p transformer_engine/pytorch apex flash_attn \
-    && touch transformer_engine/__init__.py transformer_engine/pytorch/__init__.py apex/__init__.py flash_attn/__init__.py \
+RUN printf '/links/%s\n' torch stubs >/usr/local/lib/python3.11/dist-packages/lent.pth \
     && mkdir /etc/pip && echo numpy==1.26.4 >/etc/pip/constraint.txt \
     && useradd --uid 1000 --create-home ubuntu
 ENV PIP_CONSTRAINT=/etc/pip/constraint.txt PYTHONPATH=
 STEPS
     build "$work/ngc" nvcr.io/nvidia/pytorch:26.02-py3
+    mkdir -p "$work"/lent/stubs/{apex,flash_attn,transformer_engine}
+    touch "$work"/lent/stubs/{apex,flash_attn}/__init__.py
+    cp tests/docker/transformer_engine_stub.py "$work/lent/stubs/transformer_engine/__init__.py"
 }
 
 build() { # CONTEXT IMAGE OPTION...: with podman, or with Docker
@@ -196,5 +196,6 @@ build . mmcore-cpu --file docker/Dockerfile.cpu "${lent[@]}"
 check mmcore-cpu
 say "build Dockerfile over a stand-in for NVIDIA's image"
 build . mmcore --file Dockerfile "${lent[@]}"
+rm -r "$work/lent/stubs"  # they can be imported, not used
 check mmcore
 say "all is well"
