@@ -14,8 +14,6 @@ STEPS, RANKS = 12, 2
 LAST = STEPS - 4  # begun again after this step, for it would soon be done
 # What is not the same in two runs: these name the run's folder and settings.
 OWN = {"run.json", ".metadata", files.MANIFEST_FILE}
-# What a run leaves in its folder beside checkpoints.
-LEFT = {"DONE", "lock", "log.jsonl", "starts.jsonl", "loss.svg", "report.html"}
 
 
 def sums(folder: Path) -> dict[str, Any]:
@@ -44,7 +42,7 @@ class Chain:
         options = ["--checkpoint.keep-last", 1, *(["--checkpoint.async-save"] if async_save else [])]
         self.given = arguments(inputs, self.run, STEPS, *options)
         self.sums = {int(path.name[5:]): sums(path) for path in files.step_folders(whole)}
-        self.log = log(whole)
+        self.log, self.left = log(whole), {path.name for path in whole.iterdir() if path.is_file()}
         self.lives = self.newest = self.lost = self.torn = 0
 
     def life(self, live: Callable[[Job], object], before: Callable[[int], object] | None = None) -> Job:
@@ -79,7 +77,7 @@ class Chain:
         self.newest = STEPS
         assert log(self.run) == self.log
         found = {path.name for path in self.run.iterdir()}
-        assert found == {*LEFT, f"step_{STEPS:08d}"}
+        assert found == {*self.left, f"step_{STEPS:08d}"}, found
         assert sums(self.run / f"step_{STEPS:08d}") == self.sums[STEPS]
 
     def _look(self, job: Job) -> None:

@@ -1,14 +1,16 @@
 """A run that is killed at any moment goes on as if nothing had happened, bit for bit."""
 
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults.chain import Chain
-from tests.faults.jobs import Job
+from mmcore import checkpoint_files as files
+from tests.faults.chain import RANKS, STEPS, Chain
+from tests.faults.jobs import Job, arguments
 from tests.faults.size import SIZE
 
 
@@ -40,3 +42,15 @@ def test_killed_at_any_moment(async_save: bool, inputs: Path, whole: Path, tmp_p
         f"{chain.lives} SIGKILLs, saving {mode}: nothing lost or changed, {chain.torn} within a save or a deletion, "
         f"at most {chain.lost} steps done again",
     )
+
+
+def test_killed_in_its_last_deletion(inputs: Path, whole: Path, tmp_path: Path) -> None:
+    """A run that is done saves no more: it is its start that clears away what is half deleted or half written."""
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = {path.name for path in run.iterdir()}
+    (run / f"{files.INCOMPLETE}step_00000001").mkdir()
+    (run / f"{files.INCOMPLETE}step_00000001" / "run.json").write_text("{}")
+    (run / ".report.html.4242").write_text("<html>")
+    job = Job(arguments(inputs, run, STEPS), RANKS, tmp_path / "notes")
+    assert job.wait() == dict.fromkeys(range(RANKS), 0), job.said()
+    assert "nothing to do" in job.said() and {path.name for path in run.iterdir()} == before
