@@ -57,7 +57,7 @@ class Slurm:
         path = self.folder / f"{job}.log"
         return path.read_text() if path.exists() else ""
 
-    def wait(self, job: int, seconds: float = 240) -> dict[str, str]:
+    def wait(self, job: int, seconds: float = 600) -> dict[str, str]:
         """Until it has ended for good."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job))["JobState"] not in ENDED:

@@ -56,13 +56,13 @@ class Runs:
         return (run / "log.jsonl").read_text().count("\n") if (run / "log.jsonl").exists() else 0
 
     def wait_for_step(self, job: int, run: Path, step: int) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600  # others are first
         while self.steps(run) < step:
             state = self.slurm.state(job)["JobState"]
             assert time.monotonic() < deadline and state in ("PENDING", "RUNNING", "COMPLETING"), self.slurm.log(job)
             time.sleep(0.1)
 
-    def finish(self, job: int, run: Path, restarts: int, seconds: float = 240) -> str:
+    def finish(self, job: int, run: Path, restarts: int, seconds: float = 600) -> str:
         """Wait for its end, which has to be a good one after so many starts; returns the job's log."""
         state = self.slurm.wait(job, seconds)
         said = self.slurm.log(job)
