@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 # Of one pickle. A description holds some hundred bytes for each piece of each tensor.
 MAX_BYTES = 1 << 28
+# A file that is read as a whole: what it holds is kept when the file is gone.
+SMALL_BYTES = 1 << 22
 MAX_MODULES, MAX_NAME = 1 << 14, 1 << 10
 
 _DESCRIPTION_NAMES = {
@@ -151,7 +153,7 @@ def read_tensor(path: Path, offset: int, length: int) -> Tensor:
 
 
 def read_state(source: Path | io.BytesIO) -> Any:
-    """What torch.save wrote: tensors, in plain data; those of a file are views of it, which is not copied.
+    """What torch.save wrote: tensors, in plain data; those of a large file are views of it, which is not copied.
 
     Raises:
         ValueError: it cannot be read, is damaged, or holds more than that.
@@ -161,8 +163,10 @@ def read_state(source: Path | io.BytesIO) -> Any:
             return _read_legacy(source)
         if isinstance(source, io.BytesIO):
             return _TensorReader(source.getbuffer()).load()
+        if (size := source.stat().st_size) <= SMALL_BYTES:
+            return _TensorReader(bytearray(source.read_bytes())).load()
         with source.open("rb") as file:
-            return _TensorReader(_View.of(file, 0, source.stat().st_size)).load()
+            return _TensorReader(_View.of(file, 0, size)).load()
     except OSError as error:
         raise ValueError(f"{_name(source)} cannot be read ({error.strerror})") from None
     except ForeignNameError as error:

@@ -217,6 +217,7 @@ def test_honest_files_load(folder: Path) -> None:
         **{str(kind): torch.ones(3).to(kind) for kind in (torch.bfloat16, torch.int8, torch.int16, torch.bool)},
     }
     model = torch.nn.Linear(2, 2).state_dict()  # an OrderedDict with an attribute
+    state["large"] = torch.randn(pickles.SMALL_BYTES // 4)
     for is_zip in (True, False):
         if is_zip:  # torch does not read it back from the other
             state["float8"] = torch.ones(3).to(torch.float8_e4m3fn)
