@@ -18,6 +18,8 @@ from torch import Tensor
 from weight_files import Weights
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# More than any model has; a stranger's configuration may say billions.
+MAX_LAYERS = 1000
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 """What weights are stored as; "keep" is what they come as."""
@@ -101,7 +103,7 @@ def apply(
         DifferencesError: unknown or missing tensors, wrong shapes, dtypes that are not floating point or
             whose range `dtype` does not hold.
     """
-    if num_layers > len(weights.headers):  # billions of them, if a stranger's configuration says so
+    if num_layers > max(len(weights.headers), MAX_LAYERS):
         raise DifferencesError([f"{num_layers} layers for {len(weights.headers)} tensors"], weights.name)
     problems: list[str] = []
     stored: dict[str, StoredTensor] = {}
