@@ -57,6 +57,12 @@ class TrainConfig:
     """A gradient is a spike when its norm is this many times the median of the last 100 good steps; 0 finds none."""
     max_bad_steps: int = 10
     """Bad steps that may follow each other, or rewinds to one checkpoint, before the run stops."""
+    replica_check_interval: int = 500
+    """Steps between looks at whether the replicas still have the same weights and compute the same gradient, and one
+    before each checkpoint; it takes as long as a micro batch. 0 for none."""
+    watchdog_minutes: float = 5.0
+    """A run in which nothing goes on for so long ends, and says which rank, sample, module and collective hangs; 0
+    waits. Give less than --parallel.distributed-timeout-minutes, which ends it without a word about that."""
     val_interval: int = 0
     """Steps between losses on the dataset's val split, and one after the last step; 0 for none."""
     val_batches: int = 10
@@ -65,8 +71,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive("train", self, "max_bad_steps", "steps", "global_batch_size", "micro_batch_size", "val_batches")
         self._check_rampup()
-        if self.val_interval < 0:
-            raise ValueError(f"--train.val-interval must not be negative, but is {self.val_interval}")
+        for name in ("val_interval", "watchdog_minutes", "replica_check_interval"):
+            if not getattr(self, name) >= 0:
+                option = f"--train.{name.replace('_', '-')}"
+                raise ValueError(f"{option} must not be negative, but is {getattr(self, name)}")
         if self.spike_factor and not self.spike_factor > 1:
             raise ValueError(f"--train.spike-factor must be above 1, or 0 for none, not {self.spike_factor}")
         ends = self.stage_ends()

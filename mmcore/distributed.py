@@ -132,6 +132,15 @@ def broadcast_in_replica(value: Any, first_stage_only: Collection[str] = ()) -> 
     return _broadcast(value, parallel_state.get_pipeline_model_parallel_group(), first_stage_only)
 
 
+def broadcast_over_replicas(value: Any) -> Any:
+    """Give every replica what the first one has, rank by rank; all ranks call it.
+
+    Args:
+        value: as of `broadcast_in_replica`, there on all ranks of the first replica.
+    """
+    return _broadcast(value, parallel_state.get_data_parallel_group(), ())
+
+
 def _broadcast(value: Any, group: Any, withheld: Collection[str]) -> Any:
     """What the first rank of a group has, on all its ranks."""
     source, size = dist.get_global_rank(group, 0), dist.get_world_size(group)

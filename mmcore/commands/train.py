@@ -16,14 +16,14 @@ from mmcore.checkpoint_files import check_disk, checkpoint_bytes, never_trained
 from mmcore.checks import nearest
 from mmcore.config import RunConfig
 from mmcore.config_yaml import as_yaml, load_yaml, merge
-from mmcore.constants import DONE_FILE, EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED, MODULES
+from mmcore.constants import EXIT_DONE, EXIT_FAULT, EXIT_PREEMPTED, EXIT_USAGE, MODULES
 from mmcore.environment import queue_in_order
-from mmcore.evaluation.scores import write_whole
 from mmcore.evaluation.task import check_eval
 from mmcore.models.architecture import Architecture, check_layout, check_length, with_image_mode
 from mmcore.models.presets import resolve_architecture
 from mmcore.recipes import RECIPES
 from mmcore.training import signals
+from mmcore.training.ends import write_done, write_end
 from mmcore.training.memory import check_host, host_memory
 from mmcore.training.run_lock import run_lock
 from mmcore.training.writers import check_writers
@@ -121,25 +121,41 @@ def _run(config: RunConfig, architecture: Architecture) -> int:
     run = Path(config.checkpoint.save)
     if config.checkpoint.save_interval:  # else there is nothing to save
         signals.listen()
+    code, reason = EXIT_FAULT, ""
     with run_lock(run) if is_main else nullcontext():
         try:
-            code = _train(config, architecture, is_main)
+            code, reason = _train(config, architecture, is_main)
+            if is_main and code == EXIT_DONE:
+                code, reason = _finish(run, config.train.steps)
+        except BaseException as error:
+            code = EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAULT
+            reason = f"{type(error).__name__}: {error}"
+            raise
         finally:  # finished, stopped or interrupted
             if is_main and config.checkpoint.save_interval:
+                write_end(run, code, reason)
                 _report(run)
-        if is_main and code == EXIT_DONE:
-            try:
-                write_whole(run / DONE_FILE, f"{config.train.steps} steps\n".encode())
-            except ValueError as error:  # no mistake of the user's: the disk's
-                print(f"mmcore train: {error}", file=sys.stderr)
-                return EXIT_FAULT
-        return code
+    return code
 
 
-def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
-    """The run, and each fault of it said once."""
+def _finish(run: Path, steps: int) -> tuple[int, str]:
+    try:
+        write_done(run, steps)
+    except ValueError as error:  # no mistake of the user's: the disk's
+        print(f"mmcore train: {error}", file=sys.stderr)
+        return EXIT_FAULT, str(error)
+    return EXIT_DONE, "finished"
+
+
+def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> tuple[int, str]:
+    """The run, and each fault of it said once.
+
+    Returns:
+        Exit code, and what it stands for.
+    """
     from mmcore.checkpoint import SaveError
     from mmcore.data.stream import TooManySkippedError
+    from mmcore.training import watchdog
     from mmcore.training.batches import check_data
     from mmcore.training.loop import train
     from mmcore.training.policy import BadStepError
@@ -150,17 +166,19 @@ def _train(config: RunConfig, architecture: Architecture, is_main: bool) -> int:
     except signals.PreemptedError as told:
         if is_main:
             print(f"mmcore train: {told}", file=sys.stderr)
-        return EXIT_PREEMPTED
+        return EXIT_PREEMPTED, str(told)
     except (BadStepError, SaveError) as error:  # which all ranks raise
         if is_main:
             print(f"mmcore train: {error}", file=sys.stderr)
         else:
             time.sleep(3)  # torchrun ends the others as soon as one has failed: the first speaks before that
-        return error.code if isinstance(error, BadStepError) else EXIT_FAULT
+        return error.code if isinstance(error, BadStepError) else EXIT_FAULT, str(error)
     except TooManySkippedError as error:  # of the rank that reads those samples
         print(f"mmcore train: {error}", file=sys.stderr)
-        return EXIT_FAULT
-    return EXIT_DONE
+        return EXIT_FAULT, str(error)
+    finally:
+        watchdog.stop()
+    return EXIT_DONE, ""
 
 
 def _report(run: Path) -> None:

@@ -28,6 +28,7 @@ from megatron.energon.metadataset.loader_interface import DatasetBlendMode, Load
 
 from mmcore.data.energon import load_dataset
 from mmcore.data.shards import INFO_FILE, META_DIR, SUMS_FILE
+from mmcore.data.workers import reading
 
 # Shards of a source that a process keeps open.
 OPEN_SHARDS = 64
@@ -121,6 +122,7 @@ class Source:
         place = bisect.bisect_right(self._ends, number)
         path, count = self.shards[place]
         within = number - (self._ends[place] - count)
+        reading(f"sample {within} of {path}")
         try:
             key, parts = members(self._open(place).read(within))
         except (IndexError, OSError, RecursionError, ValueError, tarfile.TarError) as error:

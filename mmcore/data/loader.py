@@ -22,7 +22,7 @@ from mmcore.data.pictures import Pictures
 from mmcore.data.stream import Blend, Count, Place, Stream, TooManySkippedError, build_blend
 from mmcore.data.task_encoder import Layout, build_layout
 from mmcore.data.tokenizer import Tokenizer
-from mmcore.data.workers import start_workers, stop_workers
+from mmcore.data.workers import reading, start_workers, stop_workers
 from mmcore.foreign import parse_json
 
 # A run's streams, unless ranks and workers ask for more or the dataset is too small: it can then be
@@ -120,6 +120,7 @@ class Reader(IterableDataset[Taken]):
             except TooManySkippedError as error:
                 yield Taken(number, None, None, str(error))
                 return
+            reading("")
             yield Taken(number, batch, place)
 
 

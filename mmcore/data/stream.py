@@ -16,6 +16,7 @@ from mmcore.data.dataset import Dataset, RawSample
 from mmcore.data.order import Draws, Order
 from mmcore.data.packing import pack
 from mmcore.data.task_encoder import Layout, encode_sample, lay_out
+from mmcore.data.workers import reading
 
 # Samples among which not too many may be broken.
 SKIP_WINDOW = 1000
@@ -211,6 +212,7 @@ class Stream(Iterator[tuple[Batch, Place]]):
     def _encode(self, row: Sequence[LaidOut]) -> list[EncodedSample]:
         encoded = []
         for sample, conversation in row:
+            reading(f"{sample.shard}, sample {sample.key}")
             try:
                 found = encode_sample(sample.key, sample.parts, conversation, self.layout)
             except ValueError as error:

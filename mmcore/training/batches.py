@@ -16,6 +16,7 @@ from mmcore.data.stream import Count
 from mmcore.data.synthetic import SyntheticLoader
 from mmcore.data.tokenizer import load_tokenizer
 from mmcore.models.architecture import Architecture, checkpoints, newest
+from mmcore.training.marks import beat
 
 
 def check_data(config: RunConfig, architecture: Architecture) -> None:
@@ -93,6 +94,7 @@ class Batches(Iterator[Batch]):
         self.iterator = iter(self.loader)
 
     def __next__(self) -> Batch:
+        beat()
         read = distributed.broadcast_in_replica(self._read(), first_stage_only=("images",))
         if isinstance(read, Exception):
             raise read

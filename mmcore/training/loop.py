@@ -14,18 +14,20 @@ from mmcore import checkpoint as ckpt
 from mmcore import distributed, host
 from mmcore.checkpoint_files import never_trained
 from mmcore.config import RunConfig
-from mmcore.constants import DONE_FILE, TOKENIZER_DIR
+from mmcore.constants import DONE_FILE, EXIT_SICK, TOKENIZER_DIR
 from mmcore.models.architecture import Architecture, newest
 from mmcore.models.interleaved import build_model
 from mmcore.models.kernels import accumulate_in_place, check_kernels
 from mmcore.models.llava import base_config
 from mmcore.models.pipeline import plan_layers, stage_layers
+from mmcore.training import marks, watchdog
 from mmcore.training.batches import Batches
 from mmcore.training.memory import training_bytes
 from mmcore.training.metrics import Metrics, Validation, is_told
 from mmcore.training.optimizer import gather_parameters
 from mmcore.training.policy import BadStepError, BadSteps
 from mmcore.training.prefetch import Prefetch
+from mmcore.training.replicas import disagreement
 from mmcore.training.scoring import Scoring, best_steps
 from mmcore.training.signals import PreemptedError, heard
 from mmcore.training.speed import Speed
@@ -106,6 +108,14 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     waited = 0.0
     scoring = Scoring(config, architecture, source, model, metrics) if config.eval.task and source else None
     saving: ckpt.Saving | None = None
+    if config.train.watchdog_minutes:
+        watchdog.start(run, config.train.watchdog_minutes, model)
+
+    def mark(part: str) -> None:
+        marks.mark(part)
+        if times:
+            times.mark(part)
+
     is_asked = any(distributed.largest([bool(heard())]))
     if resumed and not is_asked:  # a run that is asked to end saves first
         has_validation = distributed.largest([bool(metrics and metrics.has_validation(step))])
@@ -114,6 +124,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         if scoring:
             scoring.catch_up(step, training.ddp)
     while step < config.train.steps and not is_asked:
+        marks.at_step(step + 1)
         said = training.advance(step + 1)
         if said and metrics:
             metrics.say(said)
@@ -134,9 +145,10 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             dealt,
             bad_steps.fault,
             partial(batches.keep_pace, ahead, len(dealt)),
-            times.mark if times else None,
+            mark,
             heard,
         )
+        marks.mark("telling")
         step += 1
         is_asked = result.is_asked
         state["consumed_samples"] += result.total.num_samples
@@ -174,14 +186,38 @@ def train(config: RunConfig, architecture: Architecture) -> None:
                     for told in passed_over:
                         metrics.say(told)
                 continue
+        marks.mark("validation")
         if is_validated(config, step) and not is_asked:
             validate(step, training, config, architecture, source, metrics)
+        marks.mark("scoring")
         if scoring:
             scoring.tell()
             if scoring.is_due(step) and not is_asked:
                 scoring.evaluate(step, training.ddp)
         interval = config.checkpoint.save_interval
-        if interval and (step % interval == 0 or is_last or is_asked):
+        is_saved = interval > 0 and (step % interval == 0 or is_last or is_asked)
+        checked = config.train.replica_check_interval
+        if checked and (step % checked == 0 or is_saved):
+            marks.mark("comparing replicas")
+            fault = disagreement(
+                training.ddp,
+                dealt[0],
+                number=config.parallel.microbatch_multiple,
+                has_history=config.model.fp8 == "delayed",
+            )
+            if metrics:
+                metrics.leave_out()
+            if fault:
+                if saving:
+                    resumed = saving.finish()
+                kept = f"the newest checkpoint is {resumed}" if resumed else "there is no checkpoint of this run yet"
+                raise BadStepError(
+                    f"after step {step} {fault}. A machine computes wrongly: leave it out, and start the same command "
+                    f"again. This was not saved, and {kept}",
+                    EXIT_SICK,
+                )
+        marks.mark("saving")
+        if is_saved:
             assert source is not None  # there is a tokenizer; see RunConfig.check
             if saving:
                 resumed = source = saving.finish()
@@ -211,6 +247,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     elif scoring:
         scoring.finish()
         distributed.meet()
+    watchdog.stop()
     if metrics:
         metrics.close()
     if speed and speed.rows:

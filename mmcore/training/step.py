@@ -20,6 +20,7 @@ from mmcore.config import TrainConfig
 from mmcore.data.batch import Batch
 from mmcore.data.context import context_part
 from mmcore.training.loss import Share, mean_by_weight, step_shares, step_sums, token_loss
+from mmcore.training.marks import at_batch
 from mmcore.training.policy import BadSteps
 
 
@@ -107,8 +108,24 @@ def _forward_backward(
             (mark or _nothing)("rest")
 
         model.config.finalize_model_grads_func = finalize
-    chunks = list(model.module.chunks)
-    sums = get_forward_backward_func()(
+    sums = run_schedule(model, batches, forward_only=forward_only, meanwhile=meanwhile)
+    return step_sums(sums, batches[0].num_sources), sums
+
+
+def run_schedule(
+    model: DistributedDataParallel,
+    batches: Sequence[Batch],
+    *,
+    forward_only: bool = False,
+    meanwhile: Callable[[int], object] | None = None,
+) -> list[Tensor]:
+    """mcore's schedule over this replica's stages; what replicas do together is what the configuration says.
+
+    Returns:
+        What `token_loss` has for the log, of each micro batch; on the last stage alone.
+    """
+    chunks: Any = list(model.module.chunks)
+    sums: list[Tensor] = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[handed_out(batches, meanwhile) for _ in chunks],
         model=chunks,
@@ -118,7 +135,7 @@ def _forward_backward(
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return step_sums(sums, batches[0].num_sources), sums
+    return sums
 
 
 def handed_out(batches: Sequence[Batch], meanwhile: Callable[[int], object] | None = None) -> Iterator[Batch]:
@@ -130,6 +147,7 @@ def handed_out(batches: Sequence[Batch], meanwhile: Callable[[int], object] | No
     for number, batch in enumerate(batches):
         if number and meanwhile and is_alone:
             meanwhile(number)
+        at_batch(number, len(batches), batch.keys)
         yield batch
 
 

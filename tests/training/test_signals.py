@@ -13,7 +13,9 @@ import pytest
 
 from mmcore import checkpoint
 from mmcore.config import ParallelConfig
+from mmcore.evaluation.run_files import read_rows
 from mmcore.training import loop
+from mmcore.training.status import read_status
 from tests import ranks
 from tests.training import operated
 from tests.training.operated import log
@@ -33,6 +35,7 @@ def whole(inputs: Path) -> Path:
     run = inputs / "whole"
     assert ranks.run(operated.train, ParallelConfig(), 2, inputs, run, *OPTIONS) == [0, 0]
     assert (run / "DONE").read_text() == "8 steps\n"
+    assert not read_status(run).findings and "state       finished" in read_status(run).lines
     return run
 
 
@@ -66,12 +69,10 @@ def interrupted(inputs: Path, run: Path, where: tuple[str, int], number: int, ra
 
 MOMENTS: dict[str, tuple[tuple[str, int], int, int, int, tuple[object, ...]]] = {
     # where it comes, which, to which rank, the step that is saved, options
-    "in a step": (("train_step", 3), SIGTERM, -1, 3, ()),
     "to one rank, with workers": (("train_step", 5), SIGUSR1, 1, 5, ("--data.num-workers", 2)),
-    "while data is read": (("validation_loss", 1), SIGTERM, -1, 3, ("--data.num-workers", 2)),
     "while a checkpoint is written": (("_write", 1), SIGUSR1, 0, 5, ("--checkpoint.async-save",)),
     "while the run waits for one": (("_write", 1), SIGTERM, -1, 5, ()),
-    "in the last step": (("train_step", 8), SIGTERM, -1, 8, ("--data.num-workers", 2)),
+    "in the last step": (("train_step", 8), SIGTERM, -1, 8, ()),
     "before the first": (("Prefetch", 1), SIGUSR1, 1, 0, ()),
 }
 
@@ -87,6 +88,7 @@ def test_asked_to_end(moment: str, inputs: Path, whole: Path, tmp_path: Path) ->
     assert not list(run.glob(".incomplete*"))
     assert ranks.run(operated.train, ParallelConfig(), 2, inputs, run, *OPTIONS, *options) == [0, 0]
     assert (run / "DONE").exists() and log(run) == log(whole)
+    assert [end["code"] for end in read_rows(run / "ends.jsonl")] == [75, 0]
     assert (run / "validation.jsonl").read_text() == (whole / "validation.jsonl").read_text()
     last = [json.loads((at / "step_00000008" / "run.json").read_text()) for at in (run, whole)]
     assert last[0]["consumed_tokens"] == last[1]["consumed_tokens"]
