@@ -14,6 +14,7 @@ VERBS = {
     "prepare": "turn raw pictures and conversations into an energon dataset",
     "inspect": "say what a dataset holds, and what of it would hurt a run",
     "train": "pretrain or tune a model by a recipe",
+    "status": "say how a run goes, and what of it needs a person",
     "generate": "let a checkpoint caption pictures or answer questions",
     "chat": "talk with a checkpoint in the terminal",
     "serve": "let a checkpoint answer OpenAI's chat-completions protocol",

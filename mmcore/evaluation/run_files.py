@@ -60,13 +60,17 @@ def read_run(run: Path) -> RunRecord:
         steps=steps,
         validation=rows_by_step(validation) if validation.exists() else [],
         scores=rows_by_step(scores) if scores.exists() else [],
-        starts=_rows(starts) if starts.exists() else [],
+        starts=read_rows(starts) if starts.exists() else [],
         checkpoints=[folder.name for folder in step_folders(run)],
     )
 
 
-def _rows(path: Path) -> list[Row]:
-    """One for each line; the last may be torn, as a kill leaves it."""
+def read_rows(path: Path) -> list[Row]:
+    """One for each line; the last may be torn, as a kill leaves it.
+
+    Raises:
+        ValueError: as of `rows_by_step`.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -88,7 +92,7 @@ def rows_by_step(path: Path) -> list[Row]:
     Raises:
         ValueError: the file cannot be read, or a line but the last is no object with a step.
     """
-    return [row for _, row in sorted({(row["step"], row.get("task", "")): row for row in _rows(path)}.items())]
+    return [row for _, row in sorted({(row["step"], row.get("task", "")): row for row in read_rows(path)}.items())]
 
 
 def values(rows: Sequence[Row], *names: str) -> list[float]:
