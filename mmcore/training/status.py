@@ -11,6 +11,7 @@ import os
 import shutil
 import statistics
 import struct
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -137,9 +138,7 @@ def _state(
         status.findings.append("no process holds the run and the last job ended without a word: it was killed, or lost")
         return
     status.tell("state", f"not running for {_span(now - _seconds(end['time']))}: code {end['code']}, {end['reason']}")
-    if end["code"] in (EXIT_PREEMPTED, EXIT_SUSPECT):
-        status.lines.append(f"{'':12}the same command goes on with it")
-    elif end["code"] != EXIT_DONE:
+    if end["code"] not in (EXIT_DONE, EXIT_PREEMPTED, EXIT_SUSPECT):
         status.findings.append(f"the last job ended with code {end['code']}: {end['reason']}")
 
 
@@ -216,9 +215,9 @@ def _history(status: Status, starts: Sequence[Row], ends: Sequence[Row], holder:
             reason = "running"
         else:
             reason = "killed, or lost"
-        status.lines.append(
-            f"{'':12}{start['time']}, {start['world_size']} ranks, from step {start['step']:,}: {reason}"
-        )
+        ranks = f"{start['world_size']} rank" + "s" * (start["world_size"] != 1)
+        told = textwrap.shorten(reason, 100, placeholder=" …")
+        status.lines.append(f"{'':12}{start['time']}, {ranks}, from step {start['step']:,}: {told}")
 
 
 def _left_behind(status: Status, run: Path, starts: Sequence[Row]) -> None:

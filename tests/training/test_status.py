@@ -82,8 +82,8 @@ def test_one_that_has_become_slow_or_silent(tmp_path: Path) -> None:
 
 
 ENDS = {
-    "SIGTERM": (75, "ended after step 60, as SIGTERM asked", "the same command goes on with it", ""),
-    "suspect": (16, "step 61 is bad", "the same command goes on with it", ""),
+    "SIGTERM": (75, "ended after step 60, as SIGTERM asked", "code 75, ended after step 60", ""),
+    "suspect": (16, "step 61 is bad", "code 16, step 61 is bad", ""),
     "bad again": (17, "step 61 is bad", "", "! the last job ended with code 17: step 61 is bad"),
     "a fault": (1, "SaveError: no room", "", "! the last job ended with code 1: SaveError: no room"),
     "killed": (None, "", "state       not running", "! no process holds the run and the last job ended without a word"),
