@@ -42,6 +42,9 @@ class ModelConfig:
     by what it is, which takes a little longer, and a resumed run goes on exactly."""
     fp8_vision: bool = False
     """Also those of the vision tower's layers, always tensorwise."""
+    vision_ahead: bool = False
+    """Let a frozen tower see the pictures of the next micro batch on a stream of its own, beside the language model.
+    For a GPU; it has not been run on one yet."""
 
     @property
     def fp8_parts(self) -> tuple[str, ...]:
@@ -299,6 +302,7 @@ class RunConfig:
                 f"{self.train.precision}: give bf16, or --optimizer.states full"
             )
         self._check_fp8()
+        self._check_vision_ahead()
         if self.eval.task and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--eval.task {self.eval.task} with --parallel.context-parallel-size "
@@ -332,6 +336,16 @@ class RunConfig:
                 "--model.weights random without --model.checkpoint has no tokenizer: give --data.synthetic, "
                 "--checkpoint.save-interval 0 and no --eval.task, or a checkpoint for its tokenizer"
             )
+
+    def _check_vision_ahead(self) -> None:
+        if not self.model.vision_ahead:
+            return
+        stages = [stage.freeze for stage in self.train.stages] or [self.model.freeze]
+        if not any(VISION_MODEL in freeze for freeze in stages):
+            raise ValueError("--model.vision-ahead is for a frozen vision tower: give --model.freeze vision_model too")
+        if self.model.fp8_vision or self.parallel.pipeline_model_parallel_size > 1:
+            other = "--model.fp8-vision" if self.model.fp8_vision else "--parallel.pipeline-model-parallel-size"
+            raise ValueError(f"--model.vision-ahead does not go with {other}: leave out one of them")
 
     def _check_fp8(self) -> None:
         """What the layers' other half is in, and who computes it."""

@@ -85,8 +85,14 @@ class SideStream:
         self._stream = torch.cuda.Stream()
 
     @contextlib.contextmanager
-    def queue(self) -> Iterator[None]:
-        """Queue here what is called inside."""
+    def queue(self, *, after: bool = False) -> Iterator[None]:
+        """Queue here what is called inside.
+
+        Args:
+            after: whether it is to wait for what computes so far.
+        """
+        if after:
+            self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
 

@@ -22,7 +22,7 @@ on a GPU, and so are nobody's default: queries, keys and values are cut apart an
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +45,34 @@ ACTIVATIONS: dict[str, Callable[..., Any]] = {
 
 # Compute capability of the first GPUs with matrix products in FP8: L40S, RTX 4090 (Ada); Hopper is 9.0.
 FP8_CAPABILITY = (8, 9)
+
+
+class WorkSpaces:
+    """Memory for matrix products that are not done by the stream that computes.
+
+    Transformer Engine gives all streams of a GPU one work space, which two at once would overwrite. A graph keeps the
+    addresses that it was captured with, so it is enough to give others while it is captured.
+
+    Source: transformer_engine/pytorch/cpp_extensions/gemm.py at 2.11.0, get_cublas_workspace.
+    """
+
+    def __init__(self) -> None:
+        self._get: Callable[..., Any] | None = None
+
+    @contextlib.contextmanager
+    def own(self) -> Iterator[None]:
+        """What is captured inside has these."""
+        if not (host.has_cuda() and _has_transformer_engine()):
+            yield
+            return
+        gemm: Any = importlib.import_module("transformer_engine.pytorch.cpp_extensions.gemm")
+        shared = gemm.get_cublas_workspace
+        self._get = self._get or functools.cache(shared.__wrapped__)
+        gemm.get_cublas_workspace = self._get
+        try:
+            yield
+        finally:
+            gemm.get_cublas_workspace = shared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,6 +165,11 @@ class LlavaModel(MegatronModule):
         sharers = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return -tokens.shape[1] % (sharers * token_multiple(self.config))
 
+    def see_ahead(self, images: Tensor) -> None:
+        """Let a frozen tower begin with the pictures of a batch to come; in the order in which `forward` gets them."""
+        if self.pre_process:
+            self.vision_model.see_ahead(images)
+
     def embedded(self, images: Tensor | None, image_sources: Tensor | None) -> Tensor | None:
         """Embeddings [e, h] of images in the order of their places; arguments as `forward`.
 

@@ -70,9 +70,17 @@ class VisionModel(CLIPViTModel):
         # Frozen, the tower needs no graph of gradients; mcore's block would otherwise start one at its input.
         is_learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         with torch.set_grad_enabled(is_learning):
+            if self.training and not is_learning and (features := self.graphs.take(images)) is not None:
+                return features
             if images.is_cuda and self.training and not is_learning and not self.config.fp8 and graph_size(len(images)):
                 return self.graphs(images, self.parameters())
             return self.features(images)
+
+    def see_ahead(self, images: Tensor) -> None:
+        """Begin with pictures that `forward` will be given, beside what computes; not where the tower is trained."""
+        if graph_size(len(images)) and not any(parameter.requires_grad for parameter in self.parameters()):
+            with torch.no_grad():
+                self.graphs.begin(images, self.parameters())
 
     def features(self, images: Tensor) -> Tensor:
         """The same, kernel by kernel."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from mmcore import distributed, host
 from mmcore.checkpoint_files import never_trained
 from mmcore.config import RunConfig
 from mmcore.constants import DONE_FILE, EXIT_SICK, TOKENIZER_DIR
+from mmcore.data.batch import Batch
 from mmcore.models.architecture import Architecture, newest
 from mmcore.models.interleaved import build_model
 from mmcore.models.kernels import accumulate_in_place, check_kernels
@@ -116,6 +118,14 @@ def train(config: RunConfig, architecture: Architecture) -> None:
         if times:
             times.mark(part)
 
+    first_chunk: Any = next(iter(model.chunks))
+
+    def beside(dealt: Sequence[Batch], ahead: int, done: int) -> None:
+        if config.model.vision_ahead:
+            for batch in dealt[done : done + 2]:
+                first_chunk.see_ahead(batch.images)
+        batches.keep_pace(ahead, len(dealt), done)
+
     is_asked = any(distributed.largest([bool(heard())]))
     if resumed and not is_asked:  # a run that is asked to end saves first
         has_validation = distributed.largest([bool(metrics and metrics.has_validation(step))])
@@ -144,7 +154,7 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             training.scheduler,
             dealt,
             bad_steps.fault,
-            partial(batches.keep_pace, ahead, len(dealt)),
+            partial(beside, dealt, ahead),
             mark,
             heard,
         )

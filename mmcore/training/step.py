@@ -139,13 +139,13 @@ def run_schedule(
 
 
 def handed_out(batches: Sequence[Batch], meanwhile: Callable[[int], object] | None = None) -> Iterator[Batch]:
-    """The batches, one by one; before each but the first `meanwhile` is told how many are on their way.
+    """The batches, one by one; before each `meanwhile` is told how many are on their way.
 
     Not where pipeline stages wait for each other: what ranks do together must be at one place in the step.
     """
     is_alone = parallel_state.get_pipeline_model_parallel_world_size() == 1
     for number, batch in enumerate(batches):
-        if number and meanwhile and is_alone:
+        if meanwhile and is_alone:
             meanwhile(number)
         at_batch(number, len(batches), batch.keys)
         yield batch

@@ -132,7 +132,7 @@ def handed() -> list[int]:
 
 def test_the_step_tells_what_is_on_its_way() -> None:
     """But for stages of a pipeline, which are at different places of it."""
-    assert ranks.run(handed, ParallelConfig(), 1) == [[1, 2]]
+    assert ranks.run(handed, ParallelConfig(), 1) == [[0, 1, 2]]
     assert ranks.run(handed, ParallelConfig(pipeline_model_parallel_size=2), 2) == [[], []]
 
 
