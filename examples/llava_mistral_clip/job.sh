@@ -5,7 +5,7 @@
 #   PYTHON         interpreter that has mmcore; this tree's .venv if it is there, else the python beside `mmcore`
 #   DETERMINISTIC  1: kernels and collectives whose sums have one order, where there is a choice; slower
 # of those that start ranks on this machine:
-#   GPUS           ranks; by default the GPUs that nvidia-smi lists, or 1
+#   GPUS           ranks; by default the GPUs of CUDA_VISIBLE_DEVICES, or those that nvidia-smi lists, or 1
 # and of those that Slurm starts:
 #   CONTAINER         image for pyxis; bare if not set
 #   CONTAINER_MOUNTS  what of the machine it sees, HOST:CONTAINER,...; the folder that the job was submitted from
@@ -66,6 +66,15 @@ run() { # COMMAND...: show it, and do it unless it is only to be shown
     show "$@"
     [ "$dry_run" = 1 ] || "$@"
 }
+
+zero_or_one() { # NAME...: likewise
+    local setting
+    for setting in "$@"; do
+        [[ ${!setting:-0} =~ ^[01]$ ]] || fail "$setting=${!setting} is neither 0 nor 1"
+    done
+}
+
+zero_or_one DETERMINISTIC REQUEUE
 
 # As torchrun does: a thread for each rank, whose sums then have the same order on every machine.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -165,8 +174,13 @@ judge() { # STATUS: sets `answer` to finished, again or stop, and `code` to the 
 # --- one machine ---
 
 count_gpus() {
-    local found
-    found=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+    local found visible
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        found=${#visible[@]}
+    else
+        found=$(nvidia-smi --list-gpus 2>/dev/null | wc -l) || true
+    fi
     echo $((found > 0 ? found : 1))
 }
 
@@ -220,7 +234,7 @@ start_ranks() { # sets `ranks_status` to 0 or to the exit code of the rank that 
     done
     left=("${ranks[@]}")
     while [ ${#left[@]} -gt 0 ]; do
-        sleep 0.2 # a signal is heard after it
+        sleep 0.2 || true # a signal is heard after it; a terminal's reaches it, too
         still=()
         for rank in "${left[@]}"; do
             if kill -0 "$rank" 2>/dev/null; then

@@ -4,6 +4,7 @@ Slurm, torchrun and a terminal signal all processes of a job. Without its worker
 torch ends a worker by any SIGTERM that is not its parent's (torch 2.11, torch/csrc/DataLoader.cpp).
 """
 
+import contextlib
 import faulthandler
 import mmap
 import os
@@ -94,7 +95,8 @@ def worker_stacks() -> str:
     told = ""
     for group in _groups.values():
         for pid in group.pids:
-            os.kill(pid, signal.SIGUSR2)
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGUSR2)
         time.sleep(0.5)
         told += os.pread(group.stacks.fileno(), 1 << 20, 0).decode(errors="replace")
     return told and f"loader workers\n{told}"

@@ -31,7 +31,7 @@ class RunRecord:
     validation: Sequence[Row]
     scores: Sequence[Row]
     starts: Sequence[Row]
-    """Of each job that trained, the first first."""
+    """Of each job that trained, the first first; without what a full disk has torn."""
     checkpoints: Sequence[str]
 
     @property
@@ -60,14 +60,16 @@ def read_run(run: Path) -> RunRecord:
         steps=steps,
         validation=rows_by_step(validation) if validation.exists() else [],
         scores=rows_by_step(scores) if scores.exists() else [],
-        starts=read_rows(starts) if starts.exists() else [],
+        starts=read_rows(starts, []) if starts.exists() else [],
         checkpoints=[folder.name for folder in step_folders(run)],
     )
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, torn: list[str] | None = None) -> list[Row]:
     """One for each line; the last may be torn, as a kill leaves it.
 
+    Args:
+        torn: to which the names of other lines that are no rows are added; if None they are errors.
     Raises:
         ValueError: as of `rows_by_step`.
     """
@@ -81,7 +83,9 @@ def read_rows(path: Path) -> list[Row]:
             row = json.loads(line)
             rows.append({"step": int(row["step"]), **row})
         except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
+            if number < len(lines) and torn is not None:
+                torn.append(f"{path.name} line {number}")
+            elif number < len(lines):
                 raise ValueError(f"{path} line {number} is not a row of a run: {error}") from None
     return rows
 

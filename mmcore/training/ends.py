@@ -5,6 +5,7 @@ import socket
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from mmcore.constants import DONE_FILE
 from mmcore.evaluation.scores import write_whole
@@ -17,10 +18,18 @@ def write_end(run: Path, code: int, reason: str) -> None:
     time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     row = {"step": _last_step(run), "time": time, "host": socket.gethostname(), "code": code, "reason": reason}
     try:
-        with (run / END_LOG).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(run / END_LOG, row)
     except OSError as error:
         print(f"mmcore train: {run / END_LOG} cannot be written: {error.strerror}", file=sys.stderr)
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a line of JSON to a log, whose last line a full disk may have torn."""
+    with path.open("ab+") as file:
+        end = file.seek(0, 2)
+        file.seek(max(0, end - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(start + json.dumps(row).encode() + b"\n")
 
 
 def write_done(run: Path, steps: int) -> None:

@@ -186,7 +186,9 @@ def train(config: RunConfig, architecture: Architecture) -> None:
             if answer == "rewind" and resumed:
                 if scoring:
                     scoring.finish()  # told now, so that it is forgotten with its step
+                marks.mark("looking for a checkpoint")
                 found, passed_over = ckpt.newest_whole(run)
+                marks.mark("going back")
                 assert found, f"{resumed} is gone, whole or damaged"
                 resumed = source = found
                 state = training.resume(resumed, is_verified=True)

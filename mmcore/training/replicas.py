@@ -38,20 +38,21 @@ def disagreement(ddp: Any, batch: Batch, *, number: int = 1, has_history: bool =
         number: micro batches that a schedule needs at least.
         has_history: whether a pass changes those after it, as by delayed FP8 scales; then weights are compared alone.
     """
-    if distributed.data_parallel_size() == 1:
+    copies = parallel_state.get_data_parallel_group(with_context_parallel=True)  # all that have these weights
+    replicas = parallel_state.get_data_parallel_group()
+    if dist.get_world_size(copies) == 1:
         return ""
     gather_parameters(ddp)
     names, sums = zip(*((name, _bits(parameter)) for name, parameter in named_parameters(ddp.module)), strict=True)
-    rows = _gathered(torch.stack(sums))
-    odd = odd_ones(rows)
-    if told := _told(odd, f"in the weights, first of {_first_difference(names, rows)}"):
+    rows = _gathered(torch.stack(sums), copies)
+    if told := _told(odd_ones(rows), copies, f"in the weights, first of {_first_difference(names, rows)}"):
         return told
-    if has_history:
+    if has_history or dist.get_world_size(replicas) == 1:
         return ""
     batch = distributed.broadcast_over_replicas(batch)
-    rows = _gathered(_gradient(ddp, batch, number))
+    rows = _gathered(_gradient(ddp, batch, number), replicas)
     odd = odd_ones(rows, 0.0 if rows.dtype == torch.int64 else TOLERANCE)
-    return _told(odd, f"in the gradient that is computed of {brief(batch.keys)}")
+    return _told(odd, replicas, f"in the gradient that is computed of {brief(batch.keys)}")
 
 
 def odd_ones(rows: Tensor, tolerance: float = 0.0) -> list[int]:
@@ -99,9 +100,8 @@ def _square(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dtype=torch.float32).double() ** 2
 
 
-def _gathered(own: Tensor) -> Tensor:
-    """Of all replicas, by replica: [replicas, numbers], on the host."""
-    group = parallel_state.get_data_parallel_group()
+def _gathered(own: Tensor, group: Any) -> Tensor:
+    """Of all of a group, by its ranks: [ranks, numbers], on the host."""
     rows = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, own, group=group)
     return torch.stack(rows).cpu()
@@ -111,9 +111,9 @@ def _first_difference(names: Sequence[str], rows: Tensor) -> str:
     return next((name for name, column in zip(names, rows.T, strict=True) if (column != column[0]).any()), "")
 
 
-def _told(odd: Sequence[int], where: str) -> str:
+def _told(odd: Sequence[int], group: Any, where: str) -> str:
     """The same on all ranks."""
-    ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
+    ranks = dist.get_process_group_ranks(group)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, ([ranks[index] for index in odd], where, socket.gethostname()))
     found = sorted({rank for of_rank, _, _ in gathered for rank in of_rank})

@@ -1,6 +1,5 @@
 """What a job of the run is, said when it starts: a line of starts.jsonl, which the run's report reads."""
 
-import json
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from mmcore import distributed, host
 from mmcore.config import RunConfig
 from mmcore.models.architecture import Architecture
 from mmcore.models.parameters import num_parameters
+from mmcore.training.ends import append_row
 from mmcore.training.freezing import is_named, named_parameters
 from mmcore.training.stages import stages
 
@@ -58,5 +58,4 @@ def write_start(step: int, config: RunConfig, architecture: Architecture, sizes:
         ],
         "config": asdict(config),
     }
-    with (Path(config.checkpoint.save) / START_LOG).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(Path(config.checkpoint.save) / START_LOG, row)

@@ -14,7 +14,7 @@ import struct
 import textwrap
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,10 @@ def read_status(
     now = time.time() if now is None else now
     if not (run / LOCK_FILE).exists() and not (run / "log.jsonl").exists():
         raise ValueError(f"{run} is no run: it has neither a log.jsonl nor a {LOCK_FILE}")
-    record = read_run(run) if (run / "log.jsonl").exists() and (run / "log.jsonl").stat().st_size else None
-    ends = read_rows(run / END_LOG) if (run / END_LOG).exists() else []
-    starts = record.starts if record else []
+    torn: list[str] = []
+    starts = _jobs(run / "starts.jsonl", ("time", "world_size"), torn)
+    ends = _jobs(run / END_LOG, ("time", "code", "reason"), torn)
+    record = replace(read_run(run), starts=starts) if _has_steps(run / "log.jsonl") else None
     holder, status = lock_holder(run), Status()
     _progress(status, record, ascii_only=ascii_only)
     _state(status, run, record, ends, holder, now)
@@ -73,10 +74,26 @@ def read_status(
         _faults(status, record)
     _checkpoint(status, run, record, checksums, now)
     _history(status, starts, ends, holder)
-    _left_behind(status, run, starts)
+    _left_behind(status, run)
+    if torn:
+        status.tell("unreadable", ", ".join(torn))
     if record:
         status.lines += ["", *plot(record, width, ascii_only=ascii_only)]
     return status
+
+
+def _jobs(path: Path, names: Sequence[str], torn: list[str]) -> list[Row]:
+    """Rows of starts or ends; what a full disk has torn, or another version has written, is left out and named."""
+    rows = read_rows(path, torn) if path.exists() else []
+    whole = [row for row in rows if all(name in row for name in names) and isinstance(row["time"], str)]
+    if len(whole) < len(rows):
+        torn.append(f"{len(rows) - len(whole)} rows of {path.name}")
+    return whole
+
+
+def _has_steps(path: Path) -> bool:
+    """Whether it has a whole line: a job may have been killed in its first."""
+    return path.exists() and bool(read_rows(path))
 
 
 def lock_holder(run: Path) -> dict[str, Any] | None:
@@ -104,7 +121,8 @@ def _progress(status: Status, record: RunRecord | None, *, ascii_only: bool) -> 
     last, planned = record.steps[-1], record.num_steps
     share = last["step"] / planned
     status.tell("step", f"{last['step']:,} of {planned:,}  {bar(share, 30, ascii_only=ascii_only):<30} {share:.0%}")
-    parts = [f"loss {last['loss']:.4f}"] if math.isfinite(last.get("loss", math.nan)) else ["loss is not finite"]
+    (loss,) = values([last], "loss")
+    parts = [f"loss {loss:.4f}" if math.isfinite(loss) else "loss is not finite"]
     if record.validation:
         row = record.validation[-1]
         parts.append(f"on the val split {row['loss']:.4f} (step {row['step']:,})")
@@ -122,7 +140,7 @@ def _state(
     if holder is not None:
         who = f"process {holder['pid']} on {holder['host']}" if {"pid", "host"} <= holder.keys() else "a process"
         spoke = max(begun, _modified(run / "log.jsonl"), _modified(run / LOCK_FILE))
-        step = statistics.median(values(record.steps[-100:], "seconds")) if record else 0.0
+        step = statistics.median(values(record.steps[-100:], "seconds") or [0.0]) if record else 0.0
         status.tell("state", f"running ({who}), last heard of {_ago(now - spoke)}")
         if now - spoke > max(SILENT_SECONDS, SILENT_STEPS * step):
             status.findings.append(
@@ -156,9 +174,9 @@ def _speed(status: Status, record: RunRecord, *, is_running: bool) -> None:
     left = record.num_steps - record.steps[-1]["step"]
     if left:
         seconds = statistics.median(values(rows[-100:], "seconds")) * left
-        status.tell(
-            "left", f"{_span(seconds)} of steps, without saves and scores" + ("" if is_running else ", once it runs")
-        )
+        if math.isfinite(seconds):
+            until = "" if is_running else ", once it runs"
+            status.tell("left", f"{_span(seconds)} of steps, without saves and scores{until}")
     if share < SLOW and len(rows) > 2 * RECENT and is_running:
         status.findings.append(
             f"its last {RECENT} steps are at {share:.0%} of its own speed: "
@@ -192,7 +210,8 @@ def _checkpoint(status: Status, run: Path, record: RunRecord | None, checksums: 
         age = _ago(now - _modified(newest / MANIFEST_FILE))
         status.tell("checkpoint", f"{newest.name}, {age}, {size / 1e9:.3g} GB, {health}; {len(folders)} in all")
         if problems:
-            status.findings.append(f"{newest.name} is damaged ({problems[0]}): the run will go on from the one before")
+            follows = "the run will go on from the one before" if folders[1:] else "and there is no other"
+            status.findings.append(f"{newest.name} is damaged ({problems[0]}): {follows}")
         free = shutil.disk_usage(run).free
         if free < size and not (run / DONE_FILE).exists():
             status.findings.append(f"{free / 1e9:.3g} GB are free, too little for the next checkpoint: make room")
@@ -210,7 +229,7 @@ def _history(status: Status, starts: Sequence[Row], ends: Sequence[Row], holder:
         until = _seconds(starts[index + 1]["time"]) if index + 1 < len(starts) else math.inf
         own = [end for end in ends if begun <= _seconds(end["time"]) <= until]
         if own:
-            reason = f"code {own[-1]['code']} after step {own[-1]['step']:,}: {own[-1]['reason']}"
+            reason = _end(own[0])
         elif until == math.inf and holder is not None:
             reason = "running"
         else:
@@ -218,25 +237,34 @@ def _history(status: Status, starts: Sequence[Row], ends: Sequence[Row], holder:
         ranks = f"{start['world_size']} rank" + "s" * (start["world_size"] != 1)
         told = textwrap.shorten(reason, 100, placeholder=" …")
         status.lines.append(f"{'':12}{start['time']}, {ranks}, from step {start['step']:,}: {told}")
+        for other in own[1:]:  # of jobs that did not come as far as to say that they train
+            told = textwrap.shorten(_end(other), 100, placeholder=" …")
+            status.lines.append(f"{'':12}{other['time']}, ended before its first step: {told}")
 
 
-def _left_behind(status: Status, run: Path, starts: Sequence[Row]) -> None:
+def _end(row: Row) -> str:
+    return f"code {row['code']} after step {row['step']:,}: {row['reason']}"
+
+
+def _left_behind(status: Status, run: Path) -> None:
     """Of suspect steps and hangs; what the jobs since have outlived is told, and needs nobody."""
     hangs = sorted(run.glob("hang-*.txt"), key=_modified)
     if hangs:
         status.tell("hangs", ", ".join(path.name for path in hangs[-3:]))
     suspect = run / "suspect.json"
-    if suspect.exists():
+    if not suspect.exists():
+        return
+    try:
         for place in json.loads(suspect.read_text())["places"]:
-            good = (
-                ", good in a later job: one of these machines computes wrongly" if place.get("was_good_again") else ""
-            )
+            good = ", good in a later job: one of these machines computes wrongly" * bool(place.get("was_good_again"))
             status.tell("suspect", f"step {place['step']:,}, {place['time']}, on {', '.join(place['hosts'])}{good}")
+    except (ValueError, KeyError, TypeError):  # the next job takes it for none, too
+        status.tell("suspect", f"{suspect.name} cannot be read")
 
 
 def plot(record: RunRecord, width: int, *, ascii_only: bool = False) -> list[str]:
     """The loss in characters: as many medians of equally many steps as there is room for."""
-    rows = [row for row in record.steps if math.isfinite(row.get("loss", math.nan)) and not row.get("fault")]
+    rows = [row for row in record.steps if math.isfinite(*values([row], "loss")) and not row.get("fault")]
     room = max(10, width - 10)
     if len(rows) < 2:
         return []

@@ -39,10 +39,13 @@ from mmcore.training.suspect import brief
 ALONE, SAVING = 1.5, 6.0
 # Seconds that ranks have to hand in where they are.
 GRACE = 15.0
+# Limits that loading may take: files are read through the page cache, of which the process counts no bytes.
+LOADING = 6.0
 
 _MEETING = {distributed.meet.__code__}
 _PATIENT = {Scoring.finish.__code__}
 _WRITING = {checkpoint.Saving.__init__.__code__, checkpoint.Saving.finish.__code__}
+_LOADING = {checkpoint.newest_whole.__code__, checkpoint.load_checkpoint.__code__}
 _KEY = "mmcore/hang"
 
 
@@ -81,6 +84,7 @@ class _Watch:
         self.end = threading.Event()
         self.pause = min(5.0, limit / 10)
         self.written, self.written_at = _bytes_written(), time.monotonic()
+        self.read: list[str] = []
         self.is_idle = False
         for part in getattr(model, "chunks", [model]):
             part.language_model.register_forward_pre_hook(beat)  # also where it answers
@@ -93,9 +97,12 @@ class _Watch:
             # Where the interpreter itself is stuck this thread is, too: then one without Python ends the process.
             faulthandler.dump_traceback_later(ALONE * self.limit + 2 * GRACE, exit=True)
             now = time.monotonic()
-            if now - last > 5 * self.pause + 1:  # all of the process stood still: a suspended job, a debugger
+            if now - last > 5 * self.pause + 1:  # all of the process stood still for a while: a debugger
                 beat()
             last = now
+            if (read := workers.readings()) != self.read:  # a row is waited for, and comes nearer
+                self.read = read
+                beat()
             if self._hangs(now):
                 self._report()
         faulthandler.cancel_dump_traceback_later()
@@ -109,9 +116,12 @@ class _Watch:
             if (written := _bytes_written()) != self.written:
                 self.written, self.written_at = written, now
             still = min(still, now - self.written_at) / SAVING
+        elif codes & _LOADING:
+            still /= LOADING
         is_idle = still > self.limit
         if not self.store:
             return is_idle
+        idle = 0
         with contextlib.suppress(RuntimeError):  # the store is gone, and the run with it
             idle = self.store.add(f"{_KEY}/idle", int(is_idle) - int(self.is_idle))
             self.is_idle = is_idle
@@ -122,13 +132,13 @@ class _Watch:
 
     def _report(self) -> None:
         """Never returns."""
-        faulthandler.dump_traceback_later(3 * GRACE, exit=True)
+        faulthandler.dump_traceback_later(5 * GRACE, exit=True)
         try:
             own = self._place()
             if self.rank == 0:
                 self._tell({0: own} | self._gather())
-            elif not self._hand_in(own):
-                self._tell({self.rank: own})  # the first rank is the one that hangs
+            elif not self._hand_in(own) and self._is_teller():  # the first rank is the one that hangs
+                self._tell({self.rank: own} | self._gather())
         except Exception:  # whatever it is, the run is to end
             traceback.print_exc()
         finally:
@@ -140,12 +150,13 @@ class _Watch:
     def _gather(self) -> dict[int, dict[str, Any]]:
         """What other ranks hand in."""
         found: dict[int, dict[str, Any]] = {}
+        others = set(range(self.size)) - {self.rank}
         with contextlib.suppress(RuntimeError):
             if self.store:
                 self.store.set(f"{_KEY}/found", "")
             deadline = time.monotonic() + GRACE
-            while len(found) < self.size - 1 and time.monotonic() < deadline:
-                for rank in set(range(1, self.size)) - found.keys():
+            while len(found) < len(others) and time.monotonic() < deadline:
+                for rank in others - found.keys():
                     if self.store.check([f"{_KEY}/{rank}"]):
                         found[rank] = json.loads(self.store.get(f"{_KEY}/{rank}"))
                 time.sleep(0.1)
@@ -161,9 +172,19 @@ class _Watch:
                 if self.store.check([f"{_KEY}/told"]):
                     return True
                 time.sleep(0.1)
-        except RuntimeError:  # it was there, has told, and is gone
+        except RuntimeError:  # the store's process is gone: it was the first, and has told
             return True
         return False
+
+    def _is_teller(self) -> bool:
+        """Whether this rank speaks for all in the first one's place; the others let it."""
+        with contextlib.suppress(RuntimeError):
+            if self.store.add(f"{_KEY}/teller", 1) > 1:
+                deadline = time.monotonic() + 2 * GRACE
+                while time.monotonic() < deadline and not self.store.check([f"{_KEY}/told"]):
+                    time.sleep(0.1)
+                return False
+        return True
 
     def _place(self) -> dict[str, Any]:
         frames, collective = _frames(_main_thread()), _collective()

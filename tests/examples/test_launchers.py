@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -258,12 +259,21 @@ def test_a_killed_rank_ends_the_others(other: str, least: float, tmp_path: Path)
     assert (tmp_path / "run" / "starts-1").read_text().count("of 2") == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_lets_all_ranks_save(number: signal.Signals, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("send", "number"),
+    [
+        (os.kill, signal.SIGTERM),
+        (os.kill, signal.SIGUSR1),
+        (os.kill, signal.SIGINT),
+        (os.killpg, signal.SIGINT),  # as a terminal does
+        (os.killpg, signal.SIGTERM),  # as a container's end does
+    ],
+)
+def test_a_signal_lets_all_ranks_save(send: Any, number: signal.Signals, tmp_path: Path) -> None:
     job = Job(tmp_path / "run", "signal=1.5; done exit=0", ranks=2)
     job.wait_for("ready-0")
     job.wait_for("ready-1")
-    job.process.send_signal(number)
+    send(job.process.pid, number)
     assert job.end() == (75, 1), job.output
     assert (tmp_path / "run" / "step_00000001").is_dir() and "preempted: saved" in job.output
     assert Job(tmp_path / "run", "-; done exit=0", ranks=2).end() == (0, 2)

@@ -33,7 +33,7 @@ class Size:
 LAYOUTS = tuple(f"tp{tensor}pp{pipeline}dp{data}" for tensor in (1, 2) for pipeline in (1, 2) for data in (1, 2))
 SHORT = Size(
     events=2,
-    kills=8,
+    kills=30,
     faults=4,
     flips=100,
     swaps=20,

@@ -52,6 +52,15 @@ def test_a_weight_that_changes(world_size: int, inputs: Path, tmp_path: Path, ca
     assert not list(run.glob("*step_*")) and not (run / "DONE").exists()
 
 
+def test_a_weight_that_changes_on_a_rank_that_shares_sequences(inputs: Path, tmp_path: Path, capfd: Any) -> None:
+    """Of context parallel ranks, each of which has all weights."""
+    layout, options = ParallelConfig(context_parallel_size=2), ("--parallel.context-parallel-size", 2)
+    run = tmp_path / "run"
+    assert ranks.run(flipped, layout, 2, inputs, run, 1, *options) == [93, 93]
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "differ" in line]
+    assert line.startswith("mmcore train: after step 4 ranks 0 (") and f"in the weights, first of {WEIGHT}." in line
+
+
 def computes_wrongly(inputs: Path, run: Path, rank: int, *options: object) -> int:
     """From the third step on, by one part in a thousand: no loss is conspicuous, and all get the same weights."""
     calls = [0]

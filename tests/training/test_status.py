@@ -13,7 +13,7 @@ import pytest
 from mmcore import checkpoint_files as files
 from mmcore.commands import status as command
 from mmcore.training import status
-from mmcore.training.ends import write_done, write_end
+from mmcore.training.ends import append_row, write_done, write_end
 from mmcore.training.run_lock import run_lock
 from mmcore.training.status import lock_holder, read_status
 
@@ -120,7 +120,7 @@ def test_damage(tmp_path: Path) -> None:
     weights.write_bytes(b"x" * 4999)
     assert "DAMAGED: weights has 4999 bytes instead of 5000" in text(run)
     (run / "step_00000040" / "manifest.json").unlink()
-    assert "! step_00000040 is damaged (manifest.json is missing)" in text(run)
+    assert "! step_00000040 is damaged (manifest.json is missing): and there is no other" in text(run)
 
 
 def test_what_is_left_behind(tmp_path: Path) -> None:
@@ -164,3 +164,50 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     assert "mmcore status: no process holds the run" in capsys.readouterr().out
     write_end(run, 75, "asked")
     assert command.main([str(run), "--verify"]) == 0
+
+
+def test_what_a_full_disk_has_torn(tmp_path: Path) -> None:
+    """A row without its end is a line of its own: those after it count, and it is told."""
+    run = write_run(tmp_path / "run")
+    for log in ("ends.jsonl", "starts.jsonl"):
+        with (run / log).open("a") as file:
+            file.write('{"step": 60, "time": "20')
+    for code in (1, 75):
+        write_end(run, code, "asked")
+    append_row(
+        run / "starts.jsonl", {"step": 60, "time": when(-1), "world_size": 8, "config": {"train": {"steps": 80}}}
+    )
+    write_end(run, 0, "finished")
+    rows = (run / "ends.jsonl").read_text().splitlines()
+    assert [json.loads(row)["code"] for row in rows[1:]] == [1, 75, 0]
+    told = text(run)
+    assert "unreadable  starts.jsonl line 2, ends.jsonl line 1" in told and "step        60 of 80" in told
+
+
+def test_jobs_that_end_before_they_train(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for code, reason in ((75, "preempted"), (1, "no GPU"), (1, "no GPU either")):
+        write_end(run, code, reason)
+    told = text(run).splitlines()
+    at = next(index for index, line in enumerate(told) if line.startswith("jobs"))
+    assert told[at + 1].endswith("from step 0: code 75 after step 60: preempted")
+    assert told[at + 2].endswith("ended before its first step: code 1 after step 60: no GPU")
+    assert told[at + 3].endswith("ended before its first step: code 1 after step 60: no GPU either")
+
+
+ODD = {
+    "log.jsonl": (None, '{"step": 1, "lo', '{"step": 1, "loss": null}\n{"step": 2}\n'),
+    "starts.jsonl": (None, "", '{"step": 1}\n', '{"step": 1, "time": 5, "world_size": 2}\n'),
+    "ends.jsonl": (None, "{}", '{"step": 1, "time": "2026-11-27T00:00:00+00:00"}\n'),
+    "suspect.json": ("{}", '{"places": [', '{"places": [{}]}'),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, content) for name, all_ in ODD.items() for content in all_])
+def test_files_that_are_not_what_they_should_be(name: str, content: str | None, tmp_path: Path) -> None:
+    """Of another version, or half written: what can be told is."""
+    run = write_run(tmp_path / "run")
+    (run / name).unlink(missing_ok=True)
+    if content is not None:
+        (run / name).write_text(content)
+    assert "checkpoint  step_00000040" in text(run)

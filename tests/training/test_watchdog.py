@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from mmcore import checkpoint
+from mmcore import checkpoint_files as files
 from mmcore.config import ParallelConfig
 from mmcore.data import stream
 from mmcore.evaluation.run_files import read_rows
@@ -151,6 +152,67 @@ def test_a_rank_that_cannot_speak(inputs: Path, tmp_path: Path, capfd: Any) -> N
     ended(inputs, tmp_path / "run", the_interpreter_itself)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "hangs" in line]
     assert re.search(r"hangs, nothing has moved for \d+ s: rank 1: no answer; rank 0 \(\S+\): in optimizer", line), line
+
+
+def test_the_first_rank_cannot_speak(inputs: Path, tmp_path: Path, capfd: Any) -> None:
+    """One of the others speaks in its place, for all."""
+
+    def stuck() -> None:
+        if os.environ["RANK"] == "0":
+            step.squared_norm = lambda *_: ctypes.PyDLL(None).sleep(10_000)
+
+    text = ended(inputs, tmp_path / "run", stuck, *THREE, world_size=3)
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "hangs" in line]
+    assert re.search(r"for \d+ s: rank 0: no answer; ranks 1, 2: in optimizer, at ", line), line
+    assert text.count("--- rank 1") == text.count("--- rank 2") == 2
+
+
+def test_a_loader_that_is_slow_is_let_be(inputs: Path, tmp_path: Path) -> None:
+    """A row may take longer than the limit, if its samples come one after the other."""
+    encode = stream.encode_sample
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.3 * LIMIT)
+        return encode(*args)
+
+    def job() -> int:
+        stream.encode_sample = slowly
+        few = ("--train.steps", 1, "--train.global-batch-size", 1, "--data.num-streams", 1, "--data.seq-length", 128)
+        few += ("--data.packing-buffer-size", 4, "--optimizer.lr-warmup-steps", 0)
+        return operated.train(inputs, tmp_path / "run", "--train.watchdog-minutes", LIMIT / 60, *few)
+
+    started = time.monotonic()
+    assert ranks.run(job, ParallelConfig(), 1) == [0]
+    assert time.monotonic() - started > LIMIT
+
+
+def test_going_back_is_let_be(inputs: Path, tmp_path: Path) -> None:
+    """A rewind, whose checkpoint takes its time to be read: longer than the limit, and shorter than six of it."""
+    checksum, answered = files.checksum, [False]
+
+    def slowly(path: Path) -> Any:
+        if answered[0]:
+            time.sleep(2 * LIMIT)
+            answered[0] = False
+        return checksum(path)
+
+    def spoiled(*args: Any, **window: Any) -> Any:
+        calls[0] += 1
+        total, weight, told = token_loss(*args, **window)
+        if calls[0] == 6 * 2:
+            answered[0] = True
+            total = total * float("nan")
+        return total, weight, told
+
+    calls, token_loss = [0], step.token_loss
+
+    def job() -> int:
+        files.checksum, step.token_loss = slowly, spoiled
+        options = ("--train.on-bad-step", "rewind", "--train.replica-check-interval", 0)
+        return operated.train(inputs, tmp_path / "run", "--train.watchdog-minutes", LIMIT / 60, *options)
+
+    assert ranks.run(job, ParallelConfig(), 2, timeout=120) == [0, 0]
+    assert not list((tmp_path / "run").glob("hang*"))
 
 
 def test_work_that_goes_on_is_let_be(inputs: Path, tmp_path: Path) -> None:
