@@ -153,7 +153,9 @@ def test_disk_fails_at_every_event(kind: str, tmp_path: Path, tell: Any) -> None
                 assert all(before.get(path, content) == content for path, content in after.items()), event
                 assert new in after or after == before, event
                 assert told or new in after, event  # what fails right after the new name was given is told, too
-                assert not told or (f"[Errno {error}]" in told and "Traceback" not in told), told
+                # Where a folder's closing fails, Python closes it again, and tells of that.
+                said = {f"[Errno {error}]", *([f"[Errno {errno.EBADF}]"] if " close " in event else [])}
+                assert not told or (any(one in told for one in said) and "Traceback" not in told), told
                 found.append((event, told))
         return found
 
