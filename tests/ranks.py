@@ -1,5 +1,6 @@
 """Real gloo processes for tests: fork once everything is imported, so that a rank costs no start-up."""
 
+import gc
 import os
 import pickle
 import signal
@@ -53,6 +54,7 @@ def run(
 def _fork(rank: int, world_size: int, port: int, folder: Path, function: Any, layout: ParallelConfig, args: Any) -> int:
     if child := os.fork():
         return child
+    gc.freeze()  # what earlier tests have left is not cleared away here, in the middle of whatever this one is at
     status = 1
     try:
         os.environ.update(
