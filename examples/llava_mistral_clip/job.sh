@@ -42,6 +42,13 @@ whole_numbers() { # NAME...: settings that must be such, above 0, where they are
     done
 }
 
+zero_or_one() { # NAME...: likewise
+    local setting
+    for setting in "$@"; do
+        [[ ${!setting:-0} =~ ^[01]$ ]] || fail "$setting=${!setting} is neither 0 nor 1"
+    done
+}
+
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         return
@@ -65,13 +72,6 @@ show() { # COMMAND...: as it can be pasted
 run() { # COMMAND...: show it, and do it unless it is only to be shown
     show "$@"
     [ "$dry_run" = 1 ] || "$@"
-}
-
-zero_or_one() { # NAME...: likewise
-    local setting
-    for setting in "$@"; do
-        [[ ${!setting:-0} =~ ^[01]$ ]] || fail "$setting=${!setting} is neither 0 nor 1"
-    done
 }
 
 zero_or_one DETERMINISTIC REQUEUE

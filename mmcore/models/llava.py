@@ -166,7 +166,11 @@ class LlavaModel(MegatronModule):
         return -tokens.shape[1] % (sharers * token_multiple(self.config))
 
     def see_ahead(self, images: Tensor) -> None:
-        """Let a frozen tower begin with the pictures of a batch to come; in the order in which `forward` gets them."""
+        """Let a frozen tower begin with the pictures of a batch to come; in the order in which `forward` gets them.
+
+        Args:
+            images: as of `forward`, the very tensor.
+        """
         if self.pre_process:
             self.vision_model.see_ahead(images)
 

@@ -77,7 +77,11 @@ class VisionModel(CLIPViTModel):
             return self.features(images)
 
     def see_ahead(self, images: Tensor) -> None:
-        """Begin with pictures that `forward` will be given, beside what computes; not where the tower is trained."""
+        """Begin with pictures that `forward` will be given, beside what computes; not where the tower is trained.
+
+        Args:
+            images: as of `forward`, the very tensor.
+        """
         if graph_size(len(images)) and not any(parameter.requires_grad for parameter in self.parameters()):
             with torch.no_grad():
                 self.graphs.begin(images, self.parameters())

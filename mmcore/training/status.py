@@ -229,7 +229,7 @@ def _history(status: Status, starts: Sequence[Row], ends: Sequence[Row], holder:
         until = _seconds(starts[index + 1]["time"]) if index + 1 < len(starts) else math.inf
         own = [end for end in ends if begun <= _seconds(end["time"]) <= until]
         if own:
-            reason = _end(own[0])
+            reason = f"code {own[0]['code']} after step {own[0]['step']:,}: {own[0]['reason']}"
         elif until == math.inf and holder is not None:
             reason = "running"
         else:
@@ -238,12 +238,8 @@ def _history(status: Status, starts: Sequence[Row], ends: Sequence[Row], holder:
         told = textwrap.shorten(reason, 100, placeholder=" …")
         status.lines.append(f"{'':12}{start['time']}, {ranks}, from step {start['step']:,}: {told}")
         for other in own[1:]:  # of jobs that did not come as far as to say that they train
-            told = textwrap.shorten(_end(other), 100, placeholder=" …")
+            told = textwrap.shorten(f"code {other['code']}: {other['reason']}", 100, placeholder=" …")
             status.lines.append(f"{'':12}{other['time']}, ended before its first step: {told}")
-
-
-def _end(row: Row) -> str:
-    return f"code {row['code']} after step {row['step']:,}: {row['reason']}"
 
 
 def _left_behind(status: Status, run: Path) -> None:

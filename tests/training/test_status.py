@@ -191,8 +191,8 @@ def test_jobs_that_end_before_they_train(tmp_path: Path) -> None:
     told = text(run).splitlines()
     at = next(index for index, line in enumerate(told) if line.startswith("jobs"))
     assert told[at + 1].endswith("from step 0: code 75 after step 60: preempted")
-    assert told[at + 2].endswith("ended before its first step: code 1 after step 60: no GPU")
-    assert told[at + 3].endswith("ended before its first step: code 1 after step 60: no GPU either")
+    assert told[at + 2].endswith("ended before its first step: code 1: no GPU")
+    assert told[at + 3].endswith("ended before its first step: code 1: no GPU either")
 
 
 ODD = {
