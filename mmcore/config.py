@@ -46,6 +46,10 @@ class ModelConfig:
     """Let a frozen tower see the pictures of the next micro batch on a stream of its own, beside the language model.
     For a GPU; it has not been run on one yet."""
 
+    language_graphs: bool = False
+    """CUDA graphs of the language model's layers in training, whose kernels then follow each other without a gap. Rows
+    are filled up to multiples of 256 tokens. For models that are whole on each GPU, and nothing computed again."""
+
     @property
     def fp8_parts(self) -> tuple[str, ...]:
         """Parts whose layers are computed in FP8."""
@@ -303,6 +307,7 @@ class RunConfig:
             )
         self._check_fp8()
         self._check_vision_ahead()
+        self._check_language_graphs()
         if self.eval.task and self.parallel.context_parallel_size > 1:
             raise ValueError(
                 f"--eval.task {self.eval.task} with --parallel.context-parallel-size "
@@ -346,6 +351,17 @@ class RunConfig:
         if self.model.fp8_vision or self.parallel.pipeline_model_parallel_size > 1:
             other = "--model.fp8-vision" if self.model.fp8_vision else "--parallel.pipeline-model-parallel-size"
             raise ValueError(f"--model.vision-ahead does not go with {other}: leave out one of them")
+
+    def _check_language_graphs(self) -> None:
+        """Nothing waits for other ranks in the midst of a graph, nor is anything brought there or computed again."""
+        if not self.model.language_graphs:
+            return
+        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        others = [f"--parallel.{name.replace('_', '-')}" for name in sizes if getattr(self.parallel, name) > 1]
+        others += ["--parallel.overlap-param-gather"] if self.parallel.overlap_param_gather else []
+        others += ["--model.recompute"] if self.model.recompute != "none" else []
+        if others:
+            raise ValueError(f"--model.language-graphs does not go with {', '.join(others)}: leave out one of them")
 
     def _check_fp8(self) -> None:
         """What the layers' other half is in, and who computes it."""

@@ -139,6 +139,81 @@ class Captured:
         return self._output[: len(inputs)].clone()
 
 
+class CapturedPass:
+    """A forward and a backward pass, noted once and done again by one call each. On a CPU the function and autograd.
+
+    The function must not wait for the GPU, and must read the same memory each time.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., torch.Tensor],
+        inputs: Iterable[torch.Tensor],
+        weights: tuple[torch.nn.Parameter, ...],
+    ) -> None:
+        """
+        Args:
+            function: of the inputs, the first of which gets a gradient.
+            inputs: of the shapes that are computed.
+            weights: whose gradients are added to their `main_grad` in the backward pass.
+        """
+        self.weights, self._function = weights, function
+        self._inputs = [one.detach().clone() for one in inputs]
+        self._inputs[0].requires_grad_()
+        self._graphs: tuple[Any, ...] = ()
+        if not has_cuda():
+            return
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=_pass_memory(), capture_error_mode="thread_local"):
+            self._compute()
+        self._gradient = torch.empty_like(self._output)
+        with torch.cuda.graph(backward, pool=_pass_memory(), capture_error_mode="thread_local"):
+            self._go_back()
+        self._output = self._output.detach()  # what was kept for the backward pass lies in the graphs' memory
+        self._graphs = forward, backward
+
+    def _compute(self) -> None:
+        with torch.enable_grad():
+            self._output = self._function(*self._inputs)
+
+    def _go_back(self) -> None:
+        for weight in self.weights:
+            vars(weight)["grad_added_to_main_grad"] = False
+        wanted = (self._inputs[0], *self.weights)
+        first, *others = torch.autograd.grad(self._output, wanted, self._gradient, allow_unused=True)
+        for weight, gradient in zip(self.weights, others, strict=True):
+            if gradient is not None and not vars(weight)["grad_added_to_main_grad"]:
+                vars(weight)["main_grad"].add_(gradient)
+        self._input_gradient = first
+
+    def forward(self, inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The output, a tensor of its own. The backward pass must come before the next forward pass of any."""
+        with torch.no_grad():
+            for own, given in zip(self._inputs, inputs, strict=True):
+                own.copy_(given)
+        if self._graphs:
+            self._graphs[0].replay()
+        else:
+            self._compute()
+        return self._output.detach().clone()
+
+    def backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the first input, a tensor of its own."""
+        if self._graphs:
+            self._gradient.copy_(gradient)
+            self._graphs[1].replay()
+        else:
+            self._gradient = gradient
+            self._go_back()
+        return self._input_gradient.clone()
+
+
+@functools.cache
+def _pass_memory() -> Any:
+    """Shared by the passes, of which one is under way at a time."""
+    return torch.cuda.graph_pool_handle()
+
+
 @functools.cache
 def _graph_memory() -> Any:
     """Shared by all graphs: they run one after the other, and what they give is copied."""

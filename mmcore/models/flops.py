@@ -10,7 +10,7 @@ come to less than one in a hundred). Of each, in this order from pixels to logit
 So a frozen language model above a trained projector costs forward and input gradients, a frozen vision tower its
 forward pass alone. Attention looks at the pairs of a sample that its mask lets through (half of them if causal), of
 packed samples each by itself; its backward pass costs twice its forward pass. Only positions with a label reach the
-output layer. Padding, of sequences or of the vocabulary, is not counted.
+MLP of the last layer and the output layer. Padding, of sequences or of the vocabulary, is not counted.
 
 Sources: Narayanan et al., arXiv:2104.04473, for the counts of a layer; Chowdhery et al., arXiv:2204.02311, appendix B,
 for utilisation of model FLOPs; Korthikanti et al., arXiv:2205.05198, for that of hardware FLOPs, which also counts
@@ -158,6 +158,7 @@ def _language(arch: LanguageArch, work: Work) -> Iterator[_Step]:
         fc1=hidden * 2 * arch.ffn_hidden_size,
         fc2=hidden * arch.ffn_hidden_size,
         scores=("attention", 4 * work.num_pairs * heads),
+        read=work.num_labels,
     )
     yield _Step(LANGUAGE_MODEL, "language_model.decoder.final_layernorm.weight")
     table = "embedding.word_embeddings" if arch.share_embeddings_and_output_weights else "output_layer"
@@ -165,18 +166,28 @@ def _language(arch: LanguageArch, work: Work) -> Iterator[_Step]:
 
 
 def _layers(
-    part: str, stack: str, num_layers: int, positions: int, *, scores: tuple[str, float], **weights: int
+    part: str,
+    stack: str,
+    num_layers: int,
+    positions: int,
+    *,
+    scores: tuple[str, float],
+    read: int | None = None,
+    **weights: int,
 ) -> Iterator[_Step]:
     """Transformer layers.
 
     Args:
         scores: part and operations of one layer's attention.
+        read: positions that reach the last layer's MLP; all if None.
         weights: entries of its matrices.
     """
 
     def matrix(layer: str, name: str, kind: Literal["matrix", "mlp"]) -> Iterator[_Step]:
         entries = weights[name.rpartition("_")[2]]
-        yield _Step(part, f"{layer}.{name}.weight", 2 * positions * entries, kind)
+        is_last = kind == "mlp" and layer == f"{stack}.{num_layers - 1}"
+        seen = positions if read is None or not is_last else read
+        yield _Step(part, f"{layer}.{name}.weight", 2 * seen * entries, kind)
         yield _Step(part, f"{layer}.{name}.bias")
 
     for index in range(num_layers):

@@ -1,4 +1,4 @@
-"""CUDA graphs of what is frozen: a forward pass of many small kernels, handed to the GPU in one call.
+"""CUDA graphs: passes of many small kernels, handed to the GPU in one call.
 
 A pass of CLIP-L is some 500 kernels, which the host takes longer to hand out than the GPU to run. A graph has fixed
 addresses and shapes. So there is one for each number of pictures, rounded up; its inputs are copied to where it reads,
@@ -10,12 +10,16 @@ Only what is frozen: gradients of weights would have to be added up inside. And 
 layers are large enough at 8192 tokens a row that the host is ahead of the GPU without one (docs/performance.md).
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 
 from mmcore import host
 from mmcore.models.kernels import WorkSpaces
@@ -82,3 +86,127 @@ class Graphs:
         _, features, end = self._begun.popleft()
         host.wait_for(end, [features])
         return features
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A packed row as the language model's layers take it, of a shape that comes again."""
+
+    hidden: Tensor  # [s, 1, h]
+    angles: Tensor  # of rotary embeddings, as the layers want them
+    cu_seqlens: Tensor  # int32 [segments + 1]
+    read: Tensor  # int64 [t], positions that are read
+    longest: int
+    """Tokens of the longest segment, at most."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.hidden, self.angles, self.cu_seqlens, self.read
+
+    @property
+    def shape(self) -> Hashable:
+        """What a graph is made for."""
+        return self.longest, *(tensor.shape for tensor in self.tensors)
+
+
+ROW_MULTIPLE = 256
+"""Tokens, tokens of the longest segment and positions that are read are multiples of this, by filling up."""
+SEGMENT_MULTIPLE = 8
+"""Segments likewise, by empty ones."""
+SIGHTS = 2
+"""How often a shape is computed kernel by kernel before a graph is made of it."""
+MOST_ROWS = 64
+"""Graphs of the language model. They share their memory, but each has some thousand kernels to keep."""
+
+
+def can_be_graphs(config: TransformerConfig) -> bool:
+    """Whether passes of the language model's layers may be graphs: they are whole on a rank, and kept as they are.
+
+    Weights that are gathered as their module is called would not be, and ranks that share a layer or a row wait for
+    each other in the midst of it.
+    """
+    return (
+        config.tensor_model_parallel_size == 1
+        and config.pipeline_model_parallel_size == 1
+        and config.context_parallel_size == 1
+        and config.recompute_granularity is None
+    )
+
+
+class RowGraphs:
+    """The language model's layers on packed rows, forward and back, as graphs; also where they are trained.
+
+    Gradients of weights are added to DDP's buffers inside, as Transformer Engine's layers do by themselves, and are
+    told to be there (`grad_added_to_main_grad`), so that DDP's hooks do all but add them. A row is padded to a shape
+    that comes again; what comes once is computed kernel by kernel.
+    """
+
+    def __init__(self, decode: Callable[[Row], Tensor], layers: nn.Module) -> None:
+        """
+        Args:
+            decode: a row to what is read of it, [t, 1, h].
+            layers: with all weights that it reads.
+        """
+        self._decode, self._layers = decode, layers
+        self._sights: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, host.CapturedPass] = {}
+        self._place: Place = ()
+
+    def __call__(self, row: Row) -> Tensor:
+        """Compute it; in a forward pass whose backward pass comes before the next forward pass."""
+        weights = tuple(self._layers.parameters())
+        trained = tuple(weight for weight in weights if weight.requires_grad)
+        place = (*(weight.data_ptr() for weight in weights), *(_sum(weight).data_ptr() for weight in trained))
+        if place != self._place:
+            self._graphs, self._place = {}, place
+        # The first pass of a step turns weights into FP8, the others take what it kept.
+        fresh = tuple(module for module in self._layers.modules() if getattr(module, "is_first_microbatch", False))
+        kind = (len(fresh) if fresh and fresh[0].config.fp8 else 0, row.shape)
+        self._sights[kind] += 1
+        if kind not in self._graphs and (self._sights[kind] <= SIGHTS or len(self._graphs) >= MOST_ROWS):
+            for weight in trained:
+                vars(weight)["grad_added_to_main_grad"] = False  # as its own layer will say
+            return self._decode(row)
+        if kind not in self._graphs:
+            self._graphs[kind] = host.CapturedPass(
+                lambda *tensors: self._decode(Row(**dict(zip(_TENSORS, tensors, strict=True)), longest=row.longest)),
+                row.tensors,
+                trained,
+            )
+        for module in fresh:
+            module.is_first_microbatch = False
+        output: Tensor = _Pass.apply(self._graphs[kind], row.tensors, row.hidden, *trained)
+        return output
+
+
+_TENSORS = ("hidden", "angles", "cu_seqlens", "read")
+
+
+def _sum(weight: nn.Parameter) -> Tensor:
+    """DDP's buffer of its gradient."""
+    buffer: Tensor = vars(weight)["main_grad"]
+    return buffer
+
+
+class _Pass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: host.CapturedPass, inputs: tuple[Tensor, ...], *_: Tensor) -> Tensor:
+        ctx.captured, ctx.weights = captured, captured.weights
+        return captured.forward(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        gradient = ctx.captured.backward(gradients[0])
+        for weight in ctx.weights:
+            vars(weight)["grad_added_to_main_grad"] = True
+        return None, None, gradient, *(_nothing(weight.shape, weight.dtype, weight.device) for weight in ctx.weights)
+
+
+def _nothing(*kind: Any) -> Tensor:
+    """A gradient for DDP's hook to drop."""
+    return _memory(*kind).detach()
+
+
+@functools.cache
+def _memory(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device)

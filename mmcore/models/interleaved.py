@@ -56,16 +56,18 @@ def build_model(
     layers: Sequence[int] = (),
     *,
     fp8_vision: bool = False,
+    language_graphs: bool = False,
     **base: Any,
 ) -> LlavaModel | InterleavedModel:
     """This rank's part of the model at any layout.
 
     Args:
-        architecture, backend, fp8_vision, base: as `LlavaModel` takes them.
+        architecture, backend, fp8_vision, language_graphs, base: as `LlavaModel` takes them.
         layers: of the language model in each chunk from the bottom up, as `plan_layers` gives; dealt out evenly if
             empty.
     """
     chunks = base["virtual_pipeline_model_parallel_size"]
     indices = [None] if chunks is None else range(chunks)
-    parts = [LlavaModel(architecture, backend, layers, index, fp8_vision=fp8_vision, **base) for index in indices]
+    options = {"fp8_vision": fp8_vision, "language_graphs": language_graphs}
+    parts = [LlavaModel(architecture, backend, layers, index, **options, **base) for index in indices]
     return parts[0] if chunks is None else InterleavedModel(parts)

@@ -1,8 +1,10 @@
 """The language model: mcore's `GPTModel`, with logits only where they are wanted."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,13 +15,17 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, finfo
 
 from mmcore import host
 from mmcore.models.architecture import LanguageArch
 from mmcore.models.cache import KeyValueCache
 from mmcore.models.chunks import chunk_rows, in_chunks
+from mmcore.models.fp8 import token_multiple
+from mmcore.models.graphs import ROW_MULTIPLE, SEGMENT_MULTIPLE, Row, RowGraphs, can_be_graphs
 from mmcore.models.kernels import Backend, language_fusions
+from mmcore.models.last_layer import LastLayer, ReadRow, read_row
 from mmcore.models.pipeline import split_layers
 from mmcore.models.recompute import begin_graph
 from mmcore.models.rotary import ScaledRotaryEmbedding
@@ -39,10 +45,17 @@ class LanguageModel(GPTModel):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None = None,
+        in_graphs: bool = False,
     ) -> None:
+        """
+        Args:
+            in_graphs: whether passes of training are CUDA graphs, where `can_be_graphs` lets them.
+        """
         super().__init__(
             config,
-            block_spec(backend, AttnMaskType.causal, config, vp_stage),
+            block_spec(
+                backend, AttnMaskType.causal, config, vp_stage, LastLayer if post_process else TransformerLayer
+            ),
             vocab_size=arch.padded_vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=pre_process,
@@ -57,6 +70,7 @@ class LanguageModel(GPTModel):
             # It would gather the whole sequence; what has no label is left out before.
             self.output_layer.sequence_parallel = False
         self.rotary_pos_emb = ScaledRotaryEmbedding(arch, config.use_cpu_initialization)
+        self.graphs = RowGraphs(self._decode, self.decoder) if in_graphs and can_be_graphs(config) else None
 
     def forward(
         self,
@@ -86,12 +100,17 @@ class LanguageModel(GPTModel):
             decoder_input = scatter_to_sequence_parallel_region(decoder_input)  # [s / tp, b, h]
         if decoder_input is not None:
             decoder_input = begin_graph(decoder_input, self.config)
-        hidden = self.decoder(
-            hidden_states=decoder_input,
-            attention_mask=attention_mask,
-            rotary_pos_emb=self._rotary(decoder_input, inference_context, packed_seq_params),
-            packed_seq_params=inference_context or packed_seq_params,
-        )  # [s, b, h]
+        if positions is not None and packed_seq_params is not None and self._reads_alone:
+            packed_seq_params = read_row(packed_seq_params, positions, self.token_multiple)
+        if self.graphs and torch.is_grad_enabled() and isinstance(packed_seq_params, ReadRow):
+            hidden = self.graphs(self._row(decoder_input, packed_seq_params))  # [t, 1, h]
+        else:
+            hidden = self.decoder(
+                hidden_states=decoder_input,
+                attention_mask=attention_mask,
+                rotary_pos_emb=self._rotary(decoder_input, inference_context, packed_seq_params),
+                packed_seq_params=inference_context or packed_seq_params,
+            )  # [s, b, h]
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
@@ -99,12 +118,50 @@ class LanguageModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         hidden = hidden.transpose(0, 1).flatten(0, 1)  # [b * s, h]
         if positions is not None:
-            hidden = hidden[positions]  # [t, h]
+            hidden = hidden[: len(positions)] if isinstance(packed_seq_params, ReadRow) else hidden[positions]  # [t, h]
         if labels is None:
             return gather_from_tensor_model_parallel_region(self._logits(hidden))[:, 0, : self.arch.vocab_size]
         labels = labels.flatten() if positions is None else labels.flatten()[positions]
         width = self.output_layer.output_size_per_partition
         return in_chunks(self._losses, chunk_rows(width), hidden, labels)  # [t]
+
+    @property
+    def _reads_alone(self) -> bool:
+        """Whether the last layer's MLP sees only what is read: here, and of whole rows, not tensor ranks' parts."""
+        return self.post_process and not self.config.sequence_parallel
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a row of training are padded to a multiple of, on each tensor rank."""
+        return ROW_MULTIPLE if self.graphs and torch.is_grad_enabled() else token_multiple(self.config)
+
+    def _row(self, hidden: Tensor | None, packed: ReadRow) -> Row:
+        """The row in a shape that comes again."""
+        assert hidden is not None and packed.cu_seqlens_q is not None and packed.read is not None
+        if not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()  # the backward pass goes through all layers at once
+        longest = packed.max_seqlen_q + -packed.max_seqlen_q % ROW_MULTIPLE
+        segments = len(packed.cu_seqlens_q) - 1
+        ends = packed.cu_seqlens_q[-1:].expand(-segments % SEGMENT_MULTIPLE)
+        cu_seqlens = torch.cat([packed.cu_seqlens_q, ends])
+        shaped = replace(packed, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
+        angles = self._rotary(hidden, None, shaped)
+        return Row(hidden=hidden, angles=angles, cu_seqlens=cu_seqlens, read=packed.read, longest=longest)
+
+    def _decode(self, row: Row) -> Tensor:
+        """[s, 1, h] -> [t, 1, h]."""
+        packed = ReadRow(
+            qkv_format="thd",
+            cu_seqlens_q=row.cu_seqlens,
+            cu_seqlens_kv=row.cu_seqlens,
+            max_seqlen_q=row.longest,
+            max_seqlen_kv=row.longest,
+            read=row.read,
+        )
+        hidden: Tensor = self.decoder(
+            hidden_states=row.hidden, attention_mask=None, rotary_pos_emb=row.angles, packed_seq_params=packed
+        )
+        return hidden
 
     def _rotary(
         self, decoder_input: Tensor | None, cache: KeyValueCache | None, packed_seq_params: PackedSeqParams | None

@@ -14,7 +14,7 @@ from torch import Tensor
 from mmcore import host
 from mmcore.config import ParallelConfig
 from mmcore.models.architecture import Architecture
-from mmcore.models.fp8 import FP8, forget_quantized, in_high_precision, keep_quantized, token_multiple
+from mmcore.models.fp8 import FP8, forget_quantized, in_high_precision, keep_quantized
 from mmcore.models.kernels import resolve_backend
 from mmcore.models.language import LanguageModel, language_config
 from mmcore.models.projector import build_projector
@@ -44,6 +44,7 @@ class LlavaModel(MegatronModule):
         vp_stage: int | None = None,
         *,
         fp8_vision: bool = False,
+        language_graphs: bool = False,
         **base: Any,
     ) -> None:
         """Build this rank's part.
@@ -54,6 +55,7 @@ class LlavaModel(MegatronModule):
             layers: of the language model on each pipeline stage, as `plan_layers` gives; dealt out evenly if empty.
             vp_stage: which of this rank's chunks, where it has several (see `mmcore.models.interleaved`).
             fp8_vision: whether the vision tower's layers compute in FP8, where the language model's do.
+            language_graphs: whether passes of the language model are CUDA graphs, as `RowGraphs` says.
             base: arguments of mcore's TransformerConfig that all parts share, as `base_config` gives.
         """
         assert architecture.vision is not None and architecture.language is not None
@@ -79,6 +81,7 @@ class LlavaModel(MegatronModule):
             pre_process=self.pre_process,
             post_process=self.post_process,
             vp_stage=vp_stage,
+            in_graphs=language_graphs,
         )
         self.share_embeddings_and_output_weights = architecture.language.share_embeddings_and_output_weights
         self.register_load_state_dict_post_hook(lambda *_: forget_quantized(self))
@@ -163,7 +166,7 @@ class LlavaModel(MegatronModule):
     def _padding(self, tokens: Tensor) -> int:
         """Positions that a row [1, s] lacks for tensor ranks to share it, and for FP8."""
         sharers = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return -tokens.shape[1] % (sharers * token_multiple(self.config))
+        return -tokens.shape[1] % (sharers * self.language_model.token_multiple)
 
     def see_ahead(self, images: Tensor) -> None:
         """Let a frozen tower begin with the pictures of a batch to come; in the order in which `forward` gets them.

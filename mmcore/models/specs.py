@@ -129,16 +129,22 @@ def layer_spec(
 
 
 def block_spec(
-    backend: Backend, attn_mask_type: AttnMaskType, config: TransformerConfig, vp_stage: int | None = None
+    backend: Backend,
+    attn_mask_type: AttnMaskType,
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    last: type = TransformerLayer,
 ) -> TransformerBlockSubmodules:
     """Layers of this pipeline stage, or of a chunk of it, and the norm after the model's last.
 
     Given a layer alone, mcore takes a norm of its own.
+
+    Args:
+        last: class of the last of them.
     """
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(backend, attn_mask_type)] * num_layers, layer_norm=norm(backend)
-    )
+    layers = [layer_spec(backend, attn_mask_type) for _ in range(get_num_layers_to_build(config, vp_stage))]
+    layers[-1:] = [layer_spec(backend, attn_mask_type, last) for _ in layers[-1:]]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm(backend))
 
 
 def whole(base: dict[str, Any]) -> dict[str, Any]:

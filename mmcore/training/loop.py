@@ -62,7 +62,8 @@ def train(config: RunConfig, architecture: Architecture) -> None:
     frozen = set.intersection(*(set(stage.freeze) for stage in stages(config)))
     layers = plan_layers(architecture, config.parallel, frozen)
     base = base_config(config.parallel, dtype, config.model.recompute, config.model.fp8)
-    model = build_model(architecture, config.model.backend, layers, fp8_vision=config.model.fp8_vision, **base)
+    options = {"fp8_vision": config.model.fp8_vision, "language_graphs": config.model.language_graphs}
+    model = build_model(architecture, config.model.backend, layers, **options, **base)
     accumulate_in_place(model)
     model.to(host.device(), dtype)  # mcore builds the patch and position embeddings on the CPU, in fp32
     sizes = trainable_sizes(model)
