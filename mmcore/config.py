@@ -30,9 +30,8 @@ class ModelConfig:
     freeze: tuple[str, ...] = ()
     """What keeps its weights: vision_model, vision_projection, language_model, or any module or parameter whose whole
     name a regular expression matches, such as 'language_model\\.embedding'. Of the layers of a stack all or none."""
-    backend: Literal["auto", "local", "transformer_engine", "transformer_engine_fused"] = "auto"
-    """Kernels: auto takes Transformer Engine where it and CUDA are there. transformer_engine_fused has two more of
-    them, which have not been run on a GPU yet."""
+    backend: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Kernels: auto takes Transformer Engine where it and CUDA are there."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What of the layers, the vision tower's too, is computed again in the backward pass and so takes no memory until
     then: nothing; their MLPs; or all but their inputs."""

@@ -149,15 +149,15 @@ class CapturedPass:
         self,
         function: Callable[..., torch.Tensor],
         inputs: Iterable[torch.Tensor],
-        weights: tuple[torch.nn.Parameter, ...],
+        sums: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
     ) -> None:
         """
         Args:
             function: of the inputs, the first of which gets a gradient.
             inputs: of the shapes that are computed.
-            weights: whose gradients are added to their `main_grad` in the backward pass.
+            sums: other leaves that the function reads, each with what its gradient is added to in the backward pass.
         """
-        self.weights, self._function = weights, function
+        self._function, self._sums = function, tuple(sums)
         self._inputs = [one.detach().clone() for one in inputs]
         self._inputs[0].requires_grad_()
         self._graphs: tuple[Any, ...] = ()
@@ -177,14 +177,11 @@ class CapturedPass:
             self._output = self._function(*self._inputs)
 
     def _go_back(self) -> None:
-        for weight in self.weights:
-            vars(weight)["grad_added_to_main_grad"] = False
-        wanted = (self._inputs[0], *self.weights)
-        first, *others = torch.autograd.grad(self._output, wanted, self._gradient, allow_unused=True)
-        for weight, gradient in zip(self.weights, others, strict=True):
-            if gradient is not None and not vars(weight)["grad_added_to_main_grad"]:
-                vars(weight)["main_grad"].add_(gradient)
-        self._input_gradient = first
+        leaves = (self._inputs[0], *(leaf for leaf, _ in self._sums))
+        self._input_gradient, *others = torch.autograd.grad(self._output, leaves, self._gradient, allow_unused=True)
+        for gradient, (_, total) in zip(others, self._sums, strict=True):
+            if gradient is not None:
+                total.add_(gradient)
 
     def forward(self, inputs: Iterable[torch.Tensor]) -> torch.Tensor:
         """The output, a tensor of its own. The backward pass must come before the next forward pass of any."""

@@ -10,9 +10,10 @@ Only what is frozen: gradients of weights would have to be added up inside. And 
 layers are large enough at 8192 tokens a row that the host is ahead of the GPU without one (docs/performance.md).
 """
 
+import contextlib
 import functools
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,18 +169,47 @@ class RowGraphs:
                 vars(weight)["grad_added_to_main_grad"] = False  # as its own layer will say
             return self._decode(row)
         if kind not in self._graphs:
-            self._graphs[kind] = host.CapturedPass(
-                lambda *tensors: self._decode(Row(**dict(zip(_TENSORS, tensors, strict=True)), longest=row.longest)),
-                row.tensors,
-                trained,
-            )
+            self._graphs[kind] = self._captured(row, trained)
         for module in fresh:
             module.is_first_microbatch = False
-        output: Tensor = _Pass.apply(self._graphs[kind], row.tensors, row.hidden, *trained)
+        output: Tensor = _Pass.apply(self._graphs[kind], trained, row.tensors, row.hidden, *trained)
         return output
 
+    def _captured(self, row: Row, trained: Iterable[nn.Parameter]) -> host.CapturedPass:
+        """Other leaves stand for weights whose layers do not add gradients by themselves.
 
-_TENSORS = ("hidden", "angles", "cu_seqlens", "read")
+        What adds up a weight's gradient belongs to the stream that DDP was made on, which may not take part in a graph.
+        """
+        layers: Any = self._layers.modules()
+        alone = {id(layer.weight) for layer in layers if getattr(layer, "fuse_wgrad_accumulation", False)}
+        leaves = {weight: weight.detach().requires_grad_() for weight in trained if id(weight) not in alone}
+
+        def decode(hidden: Tensor, angles: Tensor, cu_seqlens: Tensor, read: Tensor) -> Tensor:
+            with _in_place_of(self._layers, leaves):
+                return self._decode(
+                    Row(hidden=hidden, angles=angles, cu_seqlens=cu_seqlens, read=read, longest=row.longest)
+                )
+
+        return host.CapturedPass(decode, row.tensors, [(leaf, _sum(weight)) for weight, leaf in leaves.items()])
+
+
+@contextlib.contextmanager
+def _in_place_of(layers: nn.Module, leaves: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Let modules read the leaves where they have the weights."""
+    places = [
+        (module._parameters, name, weight)
+        for module in layers.modules()
+        for name, weight in module._parameters.items()
+        if weight in leaves
+    ]
+    parameters: Any
+    for parameters, name, weight in places:
+        parameters[name] = leaves[weight]
+    try:
+        yield
+    finally:
+        for parameters, name, weight in places:
+            parameters[name] = weight
 
 
 def _sum(weight: nn.Parameter) -> Tensor:
@@ -190,16 +220,22 @@ def _sum(weight: nn.Parameter) -> Tensor:
 
 class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: host.CapturedPass, inputs: tuple[Tensor, ...], *_: Tensor) -> Tensor:
-        ctx.captured, ctx.weights = captured, captured.weights
+    def forward(ctx: Any, captured: host.CapturedPass, trained: Any, inputs: Any, *_: Tensor) -> Tensor:
+        ctx.captured, ctx.trained = captured, trained
         return captured.forward(inputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         gradient = ctx.captured.backward(gradients[0])
-        for weight in ctx.weights:
+        for weight in ctx.trained:
             vars(weight)["grad_added_to_main_grad"] = True
-        return None, None, gradient, *(_nothing(weight.shape, weight.dtype, weight.device) for weight in ctx.weights)
+        return (
+            None,
+            None,
+            None,
+            gradient,
+            *(_nothing(weight.shape, weight.dtype, weight.device) for weight in ctx.trained),
+        )
 
 
 def _nothing(*kind: Any) -> Tensor:

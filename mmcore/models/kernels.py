@@ -4,19 +4,16 @@
 |---|---|---|---|
 | linear layers, attention, norms | its own; a norm is part of the layer after it | local, over torch | local |
 | their biases | in the matrix product (of tensor ranks' shared outputs after it) | by themselves | by themselves |
-| SwiGLU | its kernel | mcore's, compiled by torch | torch |
+| SwiGLU | its kernel, in FP8 giving that at once (`swiglu_between`) | mcore's, compiled by torch | torch |
 | quick_gelu, gelu_tanh | its kernels | torch | torch |
 | gelu | torch: its kernel is the tanh approximation, and so is mcore's fused one | torch | torch |
-| rotary embeddings | its kernel, which never asks the GPU for the segments' lengths | mcore's | mcore's |
+| rotary embeddings of a packed row | a kernel that also cuts it apart (`mmcore.models.turn`) | mcore's | mcore's |
+| those of others | its kernel, which never asks the GPU for the segments' lengths | mcore's | mcore's |
 | weight gradients | added to DDP's buffers by the matrix product (`accumulate_in_place`) | apart | apart |
 
 Alike everywhere: the residual is one addition, since neither dropout nor a bias is left for mcore's fused one; and
 mcore's own cross entropy, for Transformer Engine's fused one makes the host wait for the GPU, and mcore's fused one is
 compiled anew for each number of positions. In chunks (`mmcore.models.chunks`) it takes less than a hundredth of a step.
-
-`transformer_engine_fused` has two kernels more in the language model, which are tested on a CPU but have not been run
-on a GPU, and so are nobody's default: queries, keys and values are cut apart and turned by one kernel
-(`mmcore.models.turn`), and SwiGLU gives FP8 at once where the layers around it take it (`swiglu_between`).
 """
 
 import contextlib
@@ -34,7 +31,7 @@ from torch import Tensor, nn
 from mmcore import host
 from mmcore.config import ModelConfig
 
-Backend = Literal["local", "transformer_engine", "transformer_engine_fused"]
+Backend = Literal["local", "transformer_engine"]
 
 ACTIVATIONS: dict[str, Callable[..., Any]] = {
     "quick_gelu": quick_gelu,
@@ -116,8 +113,6 @@ def resolve_backend(asked: str, found: Found | None = None) -> Backend:
             f"--model.backend {asked} needs a GPU and the package transformer-engine "
             "(pip install 'mmcore[gpu]'); --model.backend local runs anywhere"
         )
-    if asked == "transformer_engine_fused":
-        return "transformer_engine_fused"
     return "transformer_engine" if fits else "local"
 
 

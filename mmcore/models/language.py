@@ -53,9 +53,7 @@ class LanguageModel(GPTModel):
         """
         super().__init__(
             config,
-            block_spec(
-                backend, AttnMaskType.causal, config, vp_stage, LastLayer if post_process else TransformerLayer
-            ),
+            block_spec(backend, AttnMaskType.causal, config, vp_stage, LastLayer if post_process else TransformerLayer),
             vocab_size=arch.padded_vocab_size,
             max_sequence_length=arch.max_position_embeddings,
             pre_process=pre_process,
@@ -172,7 +170,7 @@ class LanguageModel(GPTModel):
             None, self.decoder, decoder_input, self.config, packed_seq_params
         )
         angles = self.rotary_pos_emb(length, packed_seq=packed_seq_params is not None)
-        if self.backend == "transformer_engine_fused" and turns_by_position(self.config, packed_seq_params):
+        if self.backend == "transformer_engine" and turns_by_position(self.config, packed_seq_params):
             from mmcore.models.turn import row_angles  # Triton's, which is for GPUs
 
             assert packed_seq_params is not None and packed_seq_params.cu_seqlens_q is not None

@@ -110,7 +110,7 @@ def layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=layer_norm,
             self_attention=ModuleSpec(
-                module=RowAttention if backend == "transformer_engine_fused" else SelfAttention,
+                module=SelfAttention if backend == "local" else RowAttention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=linear_qkv, core_attention=with_cache(core_attention), linear_proj=linear_proj
@@ -119,7 +119,7 @@ def layer_spec(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=layer_norm,
             mlp=ModuleSpec(
-                module=FusedMLP if backend == "transformer_engine_fused" else RecomputableMLP,
+                module=RecomputableMLP if backend == "local" else FusedMLP,
                 submodules=mlp_submodules(backend, fused_norm=True),
             ),
             mlp_bda=get_bias_dropout_add,

@@ -9,14 +9,15 @@ can be lost, which is why the second one must not be slow (see `OptimizerConfig.
 gradients are turned to float32 part by part, where the update is computed. Before it, gradients are summed in
 bf16: of 128 micro batches the sum is off by 1.4 % of its norm (measured with random numbers).
 
-It is in torch's own operators, some thirty over all weights in an update: of a 7B model on one GPU, by the
-bytes that they move, half a second, about 2 % of a step of many micro batches (computed, not measured).
+On a GPU an update is one kernel (`mmcore.training.lean_adam_kernel`), elsewhere torch's own operators.
 Transformer Engine's FusedAdam has such states too, but turns all moments of a group to float32 at once, whenever
 it updates and whenever it is saved: 8 bytes a weight more at the worst moment
 (transformer_engine/pytorch/optimizers/fused_adam.py at 04912bf). And the 16-bit remainders that it gives
 megatron-core for a master cannot be loaded from a fully reshardable checkpoint.
 """
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -72,8 +73,14 @@ class LeanAdam(torch.optim.Optimizer):
                     state = self.state[parameter]
                     names = ("master_param", "exp_avg", "exp_avg_sq")
                     rows = (parameter, gradient, *(state[name] for name in names))
-                    for part in zip(*(row.view(-1).split(PART) for row in rows), strict=True):
-                        _update(part, group)
+                    flat = tuple(row.view(-1) for row in rows)
+                    if parameter.is_cuda and _has_triton():
+                        from mmcore.training import lean_adam_kernel  # Triton's, which is for GPUs
+
+                        lean_adam_kernel.update(flat, group)
+                        continue
+                    for part in zip(*(row.split(PART) for row in flat), strict=True):
+                        update(part, group)
 
     def _initialize(self, parameter: Tensor) -> None:
         """As if the parameter had been updated by nothing so far, where it has no state."""
@@ -106,8 +113,18 @@ class LeanAdam(torch.optim.Optimizer):
                 self.state[parameter] = dict(state_dict["state"][number])
 
 
-def _update(part: tuple[Tensor, ...], group: dict[str, Any]) -> None:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) in float32, in place."""
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def update(part: tuple[Tensor, ...], group: dict[str, Any]) -> None:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) in float32, in place.
+
+    Args:
+        part: flat: weight bf16, gradient of any precision, remainder int16, both moments bf16.
+        group: of the optimizer, its step counted.
+    """
     weight, gradient, remainder, exp_avg, exp_avg_sq = part
     beta1, beta2 = group["betas"]
     gradient = gradient.float()

@@ -80,7 +80,7 @@ from tests import tiny
 
 distributed.initialize(ParallelConfig(), seed=1)
 found = []
-for backend in ("local", "transformer_engine_fused"):
+for backend in ("local", "transformer_engine"):
     model = tiny.build(ParallelConfig())
     if backend != "local":  # Transformer Engine's layers stay away: what is new is the same over local ones
         model.language_model.backend = backend
