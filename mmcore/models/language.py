@@ -24,7 +24,7 @@ from mmcore.models.cache import KeyValueCache
 from mmcore.models.chunks import chunk_rows, in_chunks
 from mmcore.models.fp8 import token_multiple
 from mmcore.models.graphs import ROW_MULTIPLE, SEGMENT_MULTIPLE, Row, RowGraphs, can_be_graphs
-from mmcore.models.kernels import Backend, language_fusions
+from mmcore.models.kernels import Backend, attention_backend, language_fusions
 from mmcore.models.last_layer import LastLayer, ReadRow, read_row
 from mmcore.models.pipeline import split_layers
 from mmcore.models.recompute import begin_graph
@@ -231,6 +231,7 @@ def language_config(
         window_size=None if arch.sliding_window is None else (arch.sliding_window - 1, 0),
         gated_linear_unit=True,
         activation_func=F.silu,
+        attention_backend=attention_backend(backend),
         **language_fusions(backend, has_cuda=host.has_cuda()),
         **base,
     )

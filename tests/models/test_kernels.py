@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.enums import AttnBackend
 from torch import nn
 
 from mmcore.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from mmcore.models import kernels
-from mmcore.models.kernels import Found, activation, check_kernels, language_fusions, resolve_backend
+from mmcore.models.kernels import (
+    Found,
+    activation,
+    attention_backend,
+    check_kernels,
+    language_fusions,
+    resolve_backend,
+)
 from mmcore.training import loop
 from tests import ranks, tiny
 
@@ -33,6 +41,17 @@ def test_auto_takes_what_is_there(found: Found, backend: str) -> None:
             resolve_backend("transformer_engine", found)
         with pytest.raises(ValueError, match=r"needs a GPU and the package"):
             check_kernels(ModelConfig(backend="transformer_engine"), found)
+
+
+def test_flash_attention_3_is_taken_where_it_is() -> None:
+    installed = replace(H200, has_flash_attention_3=True)
+    assert attention_backend("transformer_engine", installed) == AttnBackend.flash
+    for backend, found in (
+        ("local", installed),
+        ("transformer_engine", H200),
+        ("transformer_engine", replace(A100, has_flash_attention_3=True)),
+    ):
+        assert attention_backend(backend, found) == AttnBackend.auto
 
 
 def test_language_fusions() -> None:
@@ -124,12 +143,11 @@ def test_swiglu_writes_fp8_by_the_scales_of_the_layers_around(monkeypatch: pytes
     assert asked == [("forward", None), ("backward", None)], "before the layers have any"
     forward, backward = Quantizer("input of the second"), Quantizer("gradient of the first")
     first.quantizers["scaling_bwd"], second.quantizers["scaling_fwd"] = [backward, None], [forward, None, None]
-    second.weight.requires_grad_(False)
     asked.clear()
     activation(torch.randn(2, 8, requires_grad=True)).sum().backward()
     (_, given), (_, back) = asked
     assert (given.scale, given.internal, given.usage) == (forward.scale, False, (True, False))
-    assert (back.scale, back.internal, back.usage) == (backward.scale, False, (True, True))
+    assert (back.scale, back.internal, back.usage) == (backward.scale, False, (True, False))
     assert forward.internal and backward.internal, "the layers' own are as they were"
     monkeypatch.setattr(kernels, "_is_fp8", lambda: False)
     assert kernels.quantizers(first, second) == (None, None)
