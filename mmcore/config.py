@@ -43,7 +43,7 @@ class ModelConfig:
     """Also those of the vision tower's layers, always tensorwise."""
     vision_ahead: bool = False
     """Let a frozen tower see the pictures of the next micro batch on a stream of its own, beside the language model.
-    For a GPU; it has not been run on one yet."""
+    For a GPU."""
 
     language_graphs: bool = False
     """CUDA graphs of the language model's layers in training, whose kernels then follow each other without a gap. Rows

@@ -160,6 +160,7 @@ class CapturedPass:
         self._function, self._sums = function, tuple(sums)
         self._inputs = [one.detach().clone() for one in inputs]
         self._inputs[0].requires_grad_()
+        self._output = self._gradient = self._input_gradient = self._inputs[0]  # until they are computed
         self._graphs: tuple[Any, ...] = ()
         if not has_cuda():
             return

@@ -6,8 +6,8 @@ and its outputs from where it writes. Weights that have moved elsewhere make a n
 
 Graphs run one after the other, on the stream that computes or, begun ahead (`begin`), on one beside it.
 
-Only what is frozen: gradients of weights would have to be added up inside. And only the tower: the language model's
-layers are large enough at 8192 tokens a row that the host is ahead of the GPU without one (docs/performance.md).
+The frozen tower's forward pass is `Graphs`; passes of the language model's layers, trained or frozen, are `RowGraphs`,
+on demand: at 8192 tokens a row the host is ahead of the GPU without them (docs/performance.md).
 """
 
 import contextlib
@@ -161,7 +161,8 @@ class RowGraphs:
         if place != self._place:
             self._graphs, self._place = {}, place
         # The first pass of a step turns weights into FP8, the others take what it kept.
-        fresh = tuple(module for module in self._layers.modules() if getattr(module, "is_first_microbatch", False))
+        layers: Any = self._layers.modules()
+        fresh = [layer for layer in layers if getattr(layer, "is_first_microbatch", False)]
         kind = (len(fresh) if fresh and fresh[0].config.fp8 else 0, row.shape)
         self._sights[kind] += 1
         if kind not in self._graphs and (self._sights[kind] <= SIGHTS or len(self._graphs) >= MOST_ROWS):
@@ -170,8 +171,8 @@ class RowGraphs:
             return self._decode(row)
         if kind not in self._graphs:
             self._graphs[kind] = self._captured(row, trained)
-        for module in fresh:
-            module.is_first_microbatch = False
+        for layer in fresh:
+            layer.is_first_microbatch = False
         output: Tensor = _Pass.apply(self._graphs[kind], trained, row.tensors, row.hidden, *trained)
         return output
 

@@ -1,7 +1,6 @@
 """The language model: mcore's `GPTModel`, with logits only where they are wanted."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -142,20 +141,12 @@ class LanguageModel(GPTModel):
         segments = len(packed.cu_seqlens_q) - 1
         ends = packed.cu_seqlens_q[-1:].expand(-segments % SEGMENT_MULTIPLE)
         cu_seqlens = torch.cat([packed.cu_seqlens_q, ends])
-        shaped = replace(packed, cu_seqlens_q=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest)
-        angles = self._rotary(hidden, None, shaped)
+        angles = self._rotary(hidden, None, _read_row(cu_seqlens, longest, packed.read))
         return Row(hidden=hidden, angles=angles, cu_seqlens=cu_seqlens, read=packed.read, longest=longest)
 
     def _decode(self, row: Row) -> Tensor:
         """[s, 1, h] -> [t, 1, h]."""
-        packed = ReadRow(
-            qkv_format="thd",
-            cu_seqlens_q=row.cu_seqlens,
-            cu_seqlens_kv=row.cu_seqlens,
-            max_seqlen_q=row.longest,
-            max_seqlen_kv=row.longest,
-            read=row.read,
-        )
+        packed = _read_row(row.cu_seqlens, row.longest, row.read)
         hidden: Tensor = self.decoder(
             hidden_states=row.hidden, attention_mask=None, rotary_pos_emb=row.angles, packed_seq_params=packed
         )
@@ -201,6 +192,17 @@ class LanguageModel(GPTModel):
         first = self.pg_collection.tp.rank() * width
         if first + width > self.arch.vocab_size:
             logits[..., max(0, self.arch.vocab_size - first) :] = finfo(logits.dtype).min
+
+
+def _read_row(cu_seqlens: Tensor, longest: int, read: Tensor) -> ReadRow:
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return read_row(packed, read)
 
 
 def language_config(

@@ -15,13 +15,13 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _wide(bits):  # type: ignore[no-untyped-def]
+def _wide(bits):  # type: ignore[no-untyped-def,unused-ignore]
     """The bits of a bf16 as the float32 of the same value."""
     return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _nearest(number):  # type: ignore[no-untyped-def]
+def _nearest(number):  # type: ignore[no-untyped-def,unused-ignore]
     """The upper half of the nearest bf16's bits, ties to even; the number is finite."""
     bits = number.to(tl.int32, bitcast=True)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
