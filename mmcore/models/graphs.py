@@ -160,6 +160,7 @@ class RowGraphs:
         place = (*(weight.data_ptr() for weight in weights), *(_sum(weight).data_ptr() for weight in trained))
         if place != self._place:
             self._graphs, self._place = {}, place
+            self._sights.clear()
         # The first pass of a step turns weights into FP8, the others take what it kept.
         layers: Any = self._layers.modules()
         fresh = [layer for layer in layers if getattr(layer, "is_first_microbatch", False)]
