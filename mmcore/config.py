@@ -44,10 +44,10 @@ class ModelConfig:
     vision_ahead: bool = False
     """Let a frozen tower see the pictures of the next micro batch on a stream of its own, beside the language model.
     For a GPU."""
-
     language_graphs: bool = False
-    """CUDA graphs of the language model's layers in training, whose kernels then follow each other without a gap. Rows
-    are filled up to multiples of 256 tokens. For models that are whole on each GPU, and nothing computed again."""
+    """CUDA graphs of the language model's layers in training, for rows so short that the host cannot hand out kernels
+    as fast as they end (at 8192 tokens of a 7B model it can). Rows are filled up to multiples of 256 tokens. For models
+    that are whole on each GPU, and nothing computed again."""
 
     @property
     def fp8_parts(self) -> tuple[str, ...]:

@@ -25,8 +25,7 @@ from mmcore.inference.generator import answering
 from mmcore.models.architecture import Architecture
 from mmcore.models.interleaved import InterleavedModel
 from mmcore.models.llava import LlavaModel
-
-from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip  (after mmcore.host, which mends it)
+from mmcore.models.sequence_parallel import packed_segments
 
 # Pictures: later pipeline stages do without.
 WITHHELD = ("images",)
@@ -133,13 +132,7 @@ def _read(dataset: Dataset, layout: Layout, places: Sequence[tuple[int, int]]) -
 @torch.no_grad()
 def _sums(model: LlavaModel | InterleavedModel, batch: Batch) -> list[float]:
     """The loss of each sample of a batch, on every rank of the replica."""
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
+    packed = packed_segments(batch.cu_seqlens, batch.max_seqlen)
     losses = run_stages(
         model,
         batch.tokens,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from mmcore import distributed, host
@@ -19,6 +18,7 @@ from mmcore.inference.engine import Prompt
 from mmcore.inference.stages import from_last_stage, run_stages
 from mmcore.models.interleaved import InterleavedModel
 from mmcore.models.llava import LlavaModel
+from mmcore.models.sequence_parallel import packed_segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +125,7 @@ def _losses(model: LlavaModel | InterleavedModel, row: _Row) -> Tensor:
     """Of each token of each choice: float32 [m], on every rank."""
     boundaries = torch.tensor((0, *row.lengths)).cumsum(0).to(host.device(), torch.int32)
     longest = max(row.lengths)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=boundaries,
-        cu_seqlens_kv=boundaries,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    packed = packed_segments(boundaries, longest)
     options = {"labels": row.labels, "positions": row.positions, "packed_seq_params": packed}
     found = run_stages(model, row.tokens, row.images, row.image_sources, **options)
     losses = torch.empty(len(row.positions), device=row.tokens.device) if found is None else found

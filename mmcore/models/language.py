@@ -29,6 +29,7 @@ from mmcore.models.pipeline import split_layers
 from mmcore.models.recompute import begin_graph
 from mmcore.models.rotary import ScaledRotaryEmbedding
 from mmcore.models.row_attention import turns_by_position
+from mmcore.models.sequence_parallel import packed_segments
 from mmcore.models.specs import block_spec
 
 
@@ -141,12 +142,12 @@ class LanguageModel(GPTModel):
         segments = len(packed.cu_seqlens_q) - 1
         ends = packed.cu_seqlens_q[-1:].expand(-segments % SEGMENT_MULTIPLE)
         cu_seqlens = torch.cat([packed.cu_seqlens_q, ends])
-        angles = self._rotary(hidden, None, _read_row(cu_seqlens, longest, packed.read))
+        angles = self._rotary(hidden, None, read_row(packed_segments(cu_seqlens, longest), packed.read))
         return Row(hidden=hidden, angles=angles, cu_seqlens=cu_seqlens, read=packed.read, longest=longest)
 
     def _decode(self, row: Row) -> Tensor:
         """[s, 1, h] -> [t, 1, h]."""
-        packed = _read_row(row.cu_seqlens, row.longest, row.read)
+        packed = read_row(packed_segments(row.cu_seqlens, row.longest), row.read)
         hidden: Tensor = self.decoder(
             hidden_states=row.hidden, attention_mask=None, rotary_pos_emb=row.angles, packed_seq_params=packed
         )
@@ -192,17 +193,6 @@ class LanguageModel(GPTModel):
         first = self.pg_collection.tp.rank() * width
         if first + width > self.arch.vocab_size:
             logits[..., max(0, self.arch.vocab_size - first) :] = finfo(logits.dtype).min
-
-
-def _read_row(cu_seqlens: Tensor, longest: int, read: Tensor) -> ReadRow:
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    return read_row(packed, read)
 
 
 def language_config(

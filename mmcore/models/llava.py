@@ -164,7 +164,7 @@ class LlavaModel(MegatronModule):
             )
 
     def _padding(self, tokens: Tensor) -> int:
-        """Positions that a row [1, s] lacks for tensor ranks to share it, and for FP8."""
+        """Positions that a row [1, s] lacks for tensor ranks to share it, for FP8, and for graphs."""
         sharers = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return -tokens.shape[1] % (sharers * self.language_model.token_multiple)
 

@@ -19,6 +19,22 @@ def pad_rows(embeddings: Tensor, padding: int) -> Tensor:
     return F.pad(embeddings, (0, 0, 0, 0, 0, padding)) if padding else embeddings
 
 
+def packed_segments(cu_seqlens: Tensor, longest: int) -> PackedSeqParams:
+    """Segments of a row, as mcore's attention and rotary embeddings take them.
+
+    Args:
+        cu_seqlens: int32 [segments + 1], where each begins, and the end.
+        longest: tokens of the longest.
+    """
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
 def pad_segments(packed: PackedSeqParams, padding: int) -> PackedSeqParams:
     """The boundaries with the padding as a last segment."""
     if not padding:

@@ -19,6 +19,7 @@ from mmcore import host
 from mmcore.config import TrainConfig
 from mmcore.data.batch import Batch
 from mmcore.data.context import context_part
+from mmcore.models.sequence_parallel import packed_segments
 from mmcore.training.loss import Share, mean_by_weight, step_shares, step_sums, token_loss
 from mmcore.training.marks import at_batch
 from mmcore.training.policy import BadSteps
@@ -65,13 +66,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
 
 def packed_seq_params(batch: Batch) -> PackedSeqParams:
     """Where the samples of a batch begin, as mcore's attention and rotary embeddings take it."""
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=batch.cu_seqlens,
-        cu_seqlens_kv=batch.cu_seqlens,
-        max_seqlen_q=batch.max_seqlen,
-        max_seqlen_kv=batch.max_seqlen,
-    )
+    return packed_segments(batch.cu_seqlens, batch.max_seqlen)
 
 
 def forward_backward(

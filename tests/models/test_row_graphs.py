@@ -118,8 +118,8 @@ def test_what_does_not_go_with_them() -> None:
         RunConfig(model=replace(model, recompute="full")).check()
 
 
-def test_shapes_come_again() -> None:
-    """Rows of other lengths have one shape; longer ones another."""
+def test_what_a_graph_is_made_for() -> None:
+    """Tokens and segments of the padded row, not what they hold."""
 
     def row(tokens: int, segments: int) -> graphs.Row:
         return graphs.Row(
